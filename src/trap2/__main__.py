@@ -1,0 +1,7 @@
+"""`python -m trap2`."""
+
+import sys
+
+from trap2.cli import main
+
+sys.exit(main())

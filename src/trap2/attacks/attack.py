@@ -1,0 +1,394 @@
+"""What an attack is: a small function from updates to one merged update, and its registration.
+
+Symbols: W0 base tensor; dW_i update of model i (`W_i - W0`, float32); c_i its coefficient. A merge
+is `W0 + dW`; an attack yields dW tensor by tensor, so that no second model is ever held in memory.
+
+The signature of the function is its schema. Its keyword-only parameters are its hyper-parameters;
+one named `base` asks for the base tensors instead:
+
+    @attack("ties", paper="https://arxiv.org/abs/2306.01708", grid={"density": (0.1, 0.2, 1.0)})
+    def ties(
+        updates: Sequence[TaskVector], coefficients: Sequence[float], *, density: float
+    ) -> Iterator[tuple[str, Tensor]]: ...
+
+It must yield every tensor that any update has, exactly once; `merge` checks that it did.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import Parameter, signature
+from itertools import product
+from types import MappingProxyType
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from trap2.checkpoint import Checkpoint
+from trap2.errors import Trap2Error, UserError
+from trap2.registry import Registry, did_you_mean
+from trap2.update import Update
+
+BUILT_IN = ("task_arithmetic", "ties", "dare", "slerp")
+"""Modules of this package that register an attack when imported."""
+
+TIERS = ("T1", "T2", "T3")
+"""Attacker tiers in which an attack may be tuned: shared coefficient, re-labelled, per model."""
+
+COEFFICIENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
+"""Shared coefficients an attacker tries unless the attack says otherwise."""
+
+Setting: TypeAlias = float | int | str | bool
+Merged: TypeAlias = Iterable[tuple[str, Tensor]]
+F = TypeVar("F", bound=Callable[..., Merged])
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Named tensors, each read when it is asked for.
+
+    Args:
+        names: Their names, in a fixed order.
+        read: Reads one of them.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @staticmethod
+    def of_base(base: Checkpoint | Mapping[str, Tensor]) -> "Tensors":
+        """See a checkpoint, or any mapping of names to tensors, as `Tensors`."""
+        if isinstance(base, Checkpoint):
+            return Tensors(base.names, base.tensor)
+        return Tensors(base, base.__getitem__)
+
+
+class TaskVector(Tensors):
+    """One model's update dW by base tensor name, in float32.
+
+    Keep one per update and pass it to every `merge`: what it has worked out once it remembers.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        super().__init__(names, lambda name: read(name).float())
+        self._magnitudes: dict[float, float] = {}
+
+    @classmethod
+    def of(cls, update: Update | Mapping[str, Tensor]) -> "TaskVector":
+        """See an update, or any mapping of base tensor names to deltas, as a task vector."""
+        if isinstance(update, TaskVector):
+            return update
+        if isinstance(update, Update):
+            return cls(update.shared, update.delta)
+        return cls(update, update.__getitem__)
+
+    def magnitude(self, share: float) -> float:
+        """The smallest magnitude among the largest `share` of all entries of the whole update.
+
+        It is the exact k-th largest value, k = round(share * entries) but at least 1. Selection
+        instead of `torch.quantile`, which refuses more than 2^24 entries.
+
+        Args:
+            share: Share of the entries, 0 < share <= 1.
+        """
+        if share not in self._magnitudes:
+            entries = torch.cat([self[name].abs().flatten() for name in self])
+            kept = max(1, round(share * entries.numel()))
+            smallest = torch.kthvalue(entries, entries.numel() - kept + 1).values
+            self._magnitudes[share] = float(smallest)
+        return self._magnitudes[share]
+
+
+def equal(value: float, count: int) -> tuple[float, ...]:
+    """One shared coefficient for every model."""
+    return (value,) * count
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One way to merge, and what an attacker tunes in it.
+
+    Attributes:
+        name: What it is called everywhere.
+        paper: Address of its source.
+        tiers: Attacker tiers in which it takes part.
+        function: From updates and one coefficient per model to the merged update.
+        grid: The values tried for each hyper-parameter.
+        models: Smallest and largest number of models; None is no limit.
+        needs_base: Whether the function takes the base tensors.
+        coefficients: The values tried for the shared coefficient.
+        spread: Turns a shared coefficient into one coefficient per model.
+    """
+
+    name: str
+    paper: str
+    tiers: tuple[str, ...]
+    function: Callable[..., Merged]
+    grid: Mapping[str, tuple[Setting, ...]]
+    models: tuple[int, int | None]
+    needs_base: bool
+    coefficients: tuple[float, ...]
+    spread: Callable[[float, int], tuple[float, ...]] = equal
+
+    def settings(self) -> Iterator[dict[str, Setting]]:
+        """Every combination of the hyper-parameters in the grid; one empty one if there are none.
+
+        Yields:
+            Keyword arguments for `merge`.
+        """
+        for values in product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+
+ATTACKS: Registry[Attack] = Registry("attack")
+"""All attacks by name; `load_attacks` fills in the built-in ones."""
+
+
+def load_attacks() -> Registry[Attack]:
+    """Import the built-in attacks, so that all of them are in `ATTACKS`, and return it."""
+    for module in BUILT_IN:
+        import_module(f"trap2.attacks.{module}")
+    return ATTACKS
+
+
+def attack(
+    name: str,
+    *,
+    paper: str,
+    grid: Mapping[str, tuple[Setting, ...]] = MappingProxyType({}),
+    tiers: tuple[str, ...] = TIERS,
+    models: tuple[int, int | None] = (1, None),
+    coefficients: tuple[float, ...] = COEFFICIENTS,
+    spread: Callable[[float, int], tuple[float, ...]] = equal,
+) -> Callable[[F], F]:
+    """Register a merging function as an attack; the function itself stays as it is.
+
+    Args:
+        name: What it is called.
+        paper: Address of its source.
+        grid: The values to try for each keyword-only parameter, `base` excepted.
+        tiers: Attacker tiers in which it takes part.
+        models: Smallest and largest number of models; None is no limit.
+        coefficients: The values to try for the shared coefficient.
+        spread: Turns a shared coefficient into one coefficient per model.
+
+    Raises:
+        UserError: The name is taken, or grid and signature do not match.
+    """
+
+    def register(function: F) -> F:
+        parameters = signature(function).parameters.values()
+        keywords = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+        needs_base = "base" in keywords
+        _check_schema(name, [k for k in keywords if k != "base"], grid, tiers)
+        entry = Attack(
+            name, paper, tiers, function, dict(grid), models, needs_base, coefficients, spread
+        )
+        ATTACKS.add(name, entry)
+        return function
+
+    return register
+
+
+def _check_schema(
+    name: str, keywords: list[str], grid: Mapping[str, tuple[Setting, ...]], tiers: tuple[str, ...]
+) -> None:
+    """Compare what a function takes with what its registration says."""
+    for key in keywords:
+        if not grid.get(key):
+            raise UserError(
+                f"attack '{name}' takes '{key}', but its grid has no values for it; "
+                f"add '{key}' to the grid"
+            )
+    for key in grid:
+        if key not in keywords:
+            raise UserError(
+                f"attack '{name}' has '{key}' in its grid, but its function takes no keyword-only "
+                f"parameter of that name; it takes: {', '.join(keywords) or 'none'}"
+            )
+    for tier in tiers:
+        if tier not in TIERS:
+            raise UserError(f"attack '{name}' has tier '{tier}'; use {', '.join(TIERS)}")
+
+
+def by_tensor(updates: Sequence[TaskVector]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Walk all tensors that any update has, in order of first appearance.
+
+    Yields:
+        (name, [dW_1, dW_2, ...]); an update without that tensor counts as zero there.
+
+    Raises:
+        UserError: Two updates give one tensor different shapes.
+    """
+    for name in dict.fromkeys(name for update in updates for name in update):
+        found = [update.get(name) for update in updates]
+        first, *others = (delta for delta in found if delta is not None)
+        for other in others:
+            if other.shape != first.shape:
+                raise UserError(
+                    f"'{name}' has shape {tuple(first.shape)} in one update and "
+                    f"{tuple(other.shape)} in another; only updates of one base can be merged"
+                )
+        zero = first.new_zeros(()).expand(first.shape)
+        yield name, [zero if delta is None else delta for delta in found]
+
+
+def merge(
+    attack: Attack | str,
+    updates: Sequence[Update | Mapping[str, Tensor]],
+    coefficients: float | Sequence[float],
+    *,
+    base: Checkpoint | Mapping[str, Tensor] | None = None,
+    **params: Setting,
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge updates with one attack, tensor by tensor.
+
+    The input is checked at once; the merged tensors are worked out as they are asked for, and each
+    is checked: finite, and every tensor that any update has yielded exactly once.
+
+    Args:
+        attack: An attack or its name.
+        updates: What is merged: `Update`s, `TaskVector`s or plain mappings of deltas.
+        coefficients: One shared coefficient, or one per model.
+        base: The base tensors for an attack that needs them; by default those of the updates.
+        **params: The attack's hyper-parameters.
+
+    Returns:
+        Iterator over (base tensor name, merged dW in float32).
+
+    Raises:
+        UserError: The number of models or coefficients, a hyper-parameter or the base is wrong.
+        Trap2Error: While iterating: the attack gave NaN or infinity, or left tensors out.
+    """
+    chosen = load_attacks().get(attack) if isinstance(attack, str) else attack
+    _check_count(chosen, len(updates))
+    weights = (
+        chosen.spread(coefficients, len(updates))
+        if isinstance(coefficients, int | float)
+        else tuple(coefficients)
+    )
+    _check_coefficients(chosen, weights, len(updates))
+    _check_params(chosen, params)
+    vectors = [TaskVector.of(update) for update in updates]
+    if chosen.needs_base:
+        known = _base_of(chosen, vectors, updates, base)
+        merged = chosen.function(vectors, weights, base=known, **params)
+    else:
+        _common_base(updates)
+        merged = chosen.function(vectors, weights, **params)
+    label = f"attack '{chosen.name}' with coefficients {weights} and {params or 'no parameters'}"
+    return _checked(label, merged, dict.fromkeys(name for vector in vectors for name in vector))
+
+
+def _check_count(chosen: Attack, count: int) -> None:
+    low, high = chosen.models
+    if count < low or (high is not None and count > high):
+        wanted = f"{low}" if low == high else f"{low} or more" if high is None else f"{low}-{high}"
+        raise UserError(
+            f"attack '{chosen.name}' merges {wanted} models, but got {count}; "
+            "give that many updates or use another attack"
+        )
+
+
+def _check_coefficients(chosen: Attack, weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise UserError(
+            f"attack '{chosen.name}' got {len(weights)} coefficients for {count} models; "
+            "give one shared coefficient or one per model"
+        )
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UserError(
+                f"attack '{chosen.name}' got the coefficient {weight}, which no merge can use; "
+                "give finite numbers"
+            )
+
+
+def _check_params(chosen: Attack, params: Mapping[str, Setting]) -> None:
+    known = list(chosen.grid)
+    for key in params:
+        if key not in known:
+            raise UserError(
+                f"attack '{chosen.name}' has no parameter '{key}';{did_you_mean(key, known)} "
+                f"it has: {', '.join(known) or 'none'}"
+            )
+    defaults = signature(chosen.function).parameters
+    for key in known:
+        if key not in params and defaults[key].default is Parameter.empty:
+            raise UserError(
+                f"attack '{chosen.name}' needs '{key}', which has no default; "
+                f"give one, such as {key}={chosen.grid[key][0]}"
+            )
+
+
+def _common_base(updates: Sequence[Update | Mapping[str, Tensor]]) -> Checkpoint | None:
+    """The base that all `Update`s among the updates were opened with."""
+    bases = {u.base.folder.resolve(): u.base for u in updates if isinstance(u, Update)}
+    first, *others = bases.values() or (None,)
+    for other in others:
+        if first is not None and other is not None and other.digest != first.digest:
+            raise UserError(
+                f"the updates are of two bases, {first.folder} and {other.folder}; "
+                "only updates of one base can be merged"
+            )
+    return first
+
+
+def _base_of(
+    chosen: Attack,
+    vectors: Sequence[TaskVector],
+    updates: Sequence[Update | Mapping[str, Tensor]],
+    base: Checkpoint | Mapping[str, Tensor] | None,
+) -> Tensors:
+    """The base tensors for an attack that needs them, all of those that the updates change."""
+    found = _common_base(updates) if base is None else base
+    if found is None:
+        raise UserError(
+            f"attack '{chosen.name}' interpolates whole weights, but the updates given name no "
+            "base; give base="
+        )
+    known = Tensors.of_base(found)
+    for name in (name for vector in vectors for name in vector):
+        if name not in known:
+            raise UserError(
+                f"an update changes '{name}', which the base does not have; "
+                "give the base it was trained on"
+            )
+    return known
+
+
+def _checked(label: str, merged: Merged, expected: dict[str, None]) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on, each finite; afterwards, all of the expected ones exactly once."""
+    missing = dict(expected)
+    for name, delta in merged:
+        if name not in missing:
+            reason = "twice" if name in expected else "though no update has it"
+            raise Trap2Error(f"{label} yielded '{name}' {reason}; correct the attack's function")
+        del missing[name]
+        if not bool(torch.isfinite(delta).all()):
+            raise Trap2Error(
+                f"{label} gave NaN or infinity in '{name}'; "
+                "use smaller coefficients, and check that the updates are finite"
+            )
+        yield name, delta
+    if missing:
+        raise Trap2Error(
+            f"{label} left out {len(missing)} of {len(expected)} tensors, such as "
+            f"'{next(iter(missing))}'; a merge must yield every tensor that an update changes, "
+            "or the rest would silently stay at the base"
+        )

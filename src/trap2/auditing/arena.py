@@ -1,0 +1,150 @@
+"""Where the audit happens: one live base model with every task's own head on it.
+
+Merges change the encoder in place; task heads are never merged. Each task is evaluated with its own
+released head, as its users would.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from torch import Tensor, nn
+
+from trap2.attacks.attack import TaskVector, merge
+from trap2.attacks.live import LiveModel
+from trap2.checkpoint import Checkpoint
+from trap2.recipes import AuditSpec, TaskSpec
+from trap2.tasks.data import load_rows
+from trap2.tasks.evaluate import Evaluation, Evaluator
+from trap2.tasks.model import Inputs, base_folder, build, load_encoder, load_head
+from trap2.update import Update
+
+RELEASE, CONTROL = "release", "control"
+"""Names of the two sides; partners go by the names of their tasks."""
+
+HELD_PARAMETERS = 250_000_000
+"""Updates up to this size (1 GB in float32) are kept in memory; larger ones are read each time."""
+
+Split = Literal["validation", "test"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One merge: who takes part, at which coefficients, by which attack."""
+
+    attack: str
+    members: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    params: tuple[tuple[str, float], ...] = ()
+
+    def coefficient_of(self, member: str) -> float:
+        """The coefficient of one member, 0 if it takes no part."""
+        if member not in self.members:
+            return 0.0
+        return self.coefficients[self.members.index(member)]
+
+
+class Member:
+    """A released update with its task's head and rows.
+
+    Attributes:
+        task: Its task.
+        update: What it changes.
+        vector: The same, as the attacks take it.
+        evaluators: Its task's rows in front of the encoder under its own head.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        task: TaskSpec,
+        base: Path,
+        encoder: nn.Module,
+        rows: Mapping[Split, int],
+        seed: int,
+    ) -> None:
+        self.task = task
+        self.update = Update.open(path, base)
+        held = self.update.parameters <= HELD_PARAMETERS
+        self.vector = TaskVector.of(dict(self.update) if held else self.update)
+        inputs = Inputs(base, task)
+        model = build(base, task, encoder, inputs)
+        load_head(model, self.update.head, path)
+        self.evaluators = {
+            split: Evaluator(model, inputs, load_rows(task, split, seed).first(count))
+            for split, count in rows.items()
+        }
+
+
+class Arena:
+    """The base, the two sides and the partners of one audit.
+
+    Evaluations are remembered: the same mixture on the same rows is never run twice.
+
+    Raises:
+        UserError: Any input of the audit is not acceptable.
+    """
+
+    def __init__(self, spec: AuditSpec) -> None:
+        self.spec = spec
+        base = base_folder(spec.base)
+        self.base = Checkpoint(base)
+        self.encoder = load_encoder(base)
+        self.live = LiveModel(self.encoder, self.base)
+        rows: dict[Split, int] = {
+            "validation": spec.attacker.validation_rows,
+            "test": spec.attacker.test_rows,
+        }
+
+        def member(path: Path, task: TaskSpec) -> Member:
+            return Member(path, task, base, self.encoder, rows, spec.seed)
+
+        self.members = {RELEASE: member(spec.release.path, spec.release.task)}
+        if spec.control is not None:
+            self.members[CONTROL] = member(spec.control, spec.release.task)
+        for partner in spec.partners:
+            self.members[partner.task.name] = member(partner.path, partner.task)
+        self.partners = tuple(partner.task.name for partner in spec.partners)
+        self.sides = tuple(name for name in (RELEASE, CONTROL) if name in self.members)
+        self.evaluations = 0
+        self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}
+        self._memory: dict[tuple[object, ...], object] = {}
+
+    def evaluate(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
+        """Evaluate a member's task, with its own head, on the merged encoder."""
+        key = (mixture, member, split)
+        if key not in self._known:
+            with self._merged(mixture):
+                self._known[key] = self.members[member].evaluators[split]()
+            self.evaluations += 1
+        return self._known[key]
+
+    def is_known(self, mixture: Mixture, member: str, split: Split) -> bool:
+        """Whether that evaluation was made already."""
+        return (mixture, member, split) in self._known
+
+    def remember(self, key: tuple[object, ...], work: Callable[[], T]) -> T:
+        """The result of `work`, done once for a key."""
+        if key not in self._memory:
+            self._memory[key] = work()
+        return self._memory[key]  # type: ignore[return-value]
+
+    def alone(self, member: str, s: float = 1.0) -> Mixture:
+        """A member by itself at scale s; s = 0 is the base."""
+        return Mixture("task_arithmetic", (member,), (s,))
+
+    @contextmanager
+    def _merged(self, mixture: Mixture) -> Iterator[None]:
+        vectors: Sequence[TaskVector] = [self.members[name].vector for name in mixture.members]
+        deltas: Iterator[tuple[str, Tensor]] = merge(
+            mixture.attack,
+            vectors,
+            mixture.coefficients,
+            base=self.base,
+            **dict(mixture.params),
+        )
+        with self.live.merged(deltas):
+            yield

@@ -1,0 +1,272 @@
+"""The tuned attacker: chooses on validation rows, is scored once on test rows.
+
+    T1  one shared coefficient, and the attack's own parameters, from a grid
+    T2  the same, and the outputs are read through a map fitted on a few labelled rows
+    T3  one coefficient per model, by coordinate descent, read in the same way
+
+It takes the mixture in which the protected task does best among those in which the partner tasks
+keep, on average over partners, a stated share of what the same attack, tuned in the same way,
+reaches without the protected update. Whoever gives that up could use the release alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trap2.attacks.attack import Attack, load_attacks
+from trap2.auditing.arena import Arena, Mixture
+from trap2.errors import UserError
+from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Catch:
+    """What the attacker got out of one attack, on test rows.
+
+    Attributes:
+        mixture: The mixture chosen on validation rows.
+        admissible: Whether the partners keep their share in it. Where no mixture is admissible
+            the attacker leaves the release out, and `merged` is the base model's accuracy.
+        merged: Accuracy on the protected task.
+        unconstrained: The same for the best mixture when partners do not matter.
+        partners: Accuracy on each partner task in the mixture.
+        without: Accuracy the same attack reaches on each partner task without the release.
+    """
+
+    attack: str
+    rows: int
+    mixture: Mixture
+    admissible: bool
+    merged: float
+    unconstrained: float
+    partners: dict[str, float]
+    without: dict[str, float]
+
+
+@dataclass
+class Attacker:
+    """One attacker against one side (the release or its control) of an arena."""
+
+    arena: Arena
+    side: str
+    say: Progress = lambda text: None
+    explored: dict[str, list[Mixture]] = field(default_factory=dict)
+
+    @property
+    def _spec(self) -> Any:
+        return self.arena.spec.attacker
+
+    def shared(self, name: str) -> Iterator[tuple[str, int, Catch]]:
+        """T1 and T2 with one attack.
+
+        Yields:
+            (tier, labelled rows used for re-labelling, catch).
+        """
+        mixtures = list(self._grid(name, self.side))
+        self.explored[name] = mixtures
+        for rows in (0, *self._spec.relabel_rows):
+            yield ("T2" if rows else "T1"), rows, self._best(name, mixtures, rows)
+
+    def per_model(self, name: str) -> Iterator[tuple[str, int, Catch]]:
+        """T3 with one attack: coordinate descent from several starts.
+
+        Yields:
+            ("T3", labelled rows used for re-labelling, catch).
+        """
+        rows = max(self._spec.relabel_rows)
+        mixtures = self.explored.setdefault(name, list(self._grid(name, self.side)))
+        starts = [self._best(name, mixtures, rows).mixture, *self._starts(name)]
+        for start in dict.fromkeys(starts):
+            mixtures.append(start)
+            self._partners_keep(start)
+        best = self._best(name, mixtures, rows, score=False).mixture
+        for _ in range(self._spec.t3_sweeps):
+            for place in range(len(best.members)):
+                for value in self._spec.t3_values:
+                    moved = list(best.coefficients)
+                    moved[place] = value
+                    mixtures.append(Mixture(name, best.members, tuple(moved), best.params))
+                best = self._best(name, mixtures, rows, score=False).mixture
+        for used in (0, *self._spec.relabel_rows):
+            yield "T3", used, self._best(name, mixtures, used)
+
+    def frontier(self, name: str) -> Iterator[tuple[Mixture, float, float]]:
+        """Every mixture whose partners were evaluated: (mixture, protected accuracy, kept share).
+
+        Accuracies are re-labelled with the most rows allowed, on validation rows.
+        """
+        rows = max(self._spec.relabel_rows)
+        for mixture in dict.fromkeys(self.explored.get(name, [])):
+            if len(mixture.members) > 2 and self._known(mixture):
+                yield mixture, self._gain(mixture, rows), self._partners_keep(mixture)
+
+    def _known(self, mixture: Mixture) -> bool:
+        return all(
+            self.arena.is_known(mixture, partner, "validation")
+            for partner in self._partners_in(mixture)
+        )
+
+    def _starts(self, name: str) -> list[Mixture]:
+        """The protected update kept at 1 and the partners shrunk, with each of the parameters."""
+        members = (self.side, *self.arena.partners)
+        settings = [dict(m.params) for m in self.explored[name]] or [{}]
+        unique = list(dict.fromkeys(tuple(s.items()) for s in settings))
+        return [
+            Mixture(name, members, (1.0, *(c for _ in self.arena.partners)), params)
+            for params in unique
+            for c in (0.2, 0.4, 0.6, 0.8)
+        ]
+
+    def _grid(self, name: str, side: str | None) -> Iterator[Mixture]:
+        """Every mixture of the shared grid, with or without a protected update in it."""
+        attack = load_attacks().get(name)
+        own = (side,) if side is not None else ()
+        for members in _teams(attack, own, self.arena.partners):
+            for params in _settings(attack, self._spec.grids.get(name, {})):
+                for value in self._spec.coefficients or attack.coefficients:
+                    if attack.spread(value, 2) != (value, value) and not 0 <= value <= 1:
+                        continue
+                    coefficients = attack.spread(value, len(members))
+                    yield Mixture(name, members, coefficients, tuple(params.items()))
+
+    def _best(self, name: str, mixtures: list[Mixture], rows: int, score: bool = True) -> Catch:
+        """The best admissible mixture by validation rows, scored on test rows.
+
+        Mixtures are visited from the best down, so partners are evaluated only until the first
+        admissible one: the result is the same as if all had been.
+        """
+        unique = list(dict.fromkeys(mixtures))
+        ranked = sorted(unique, key=lambda m: -self._gain(m, rows))
+        floor = self._gain(self.arena.alone(self.side, 0.0), rows)
+        chosen = None
+        for mixture in ranked:
+            if self._gain(mixture, rows) <= floor:
+                break  # from here on, leaving the release out is as good
+            if self._partners_keep(mixture) >= self._spec.partners_keep:
+                chosen = mixture
+                break
+        picked = chosen if chosen is not None else ranked[0]
+        if not score:
+            return Catch(name, rows, picked, chosen is not None, 0.0, 0.0, {}, {})
+        self.say(f"{name}, {self.side}, {rows or 'no'} labelled rows")
+        return self._scored(name, rows, picked, chosen is not None, ranked[0])
+
+    def _scored(
+        self, name: str, rows: int, picked: Mixture, admissible: bool, unconstrained: Mixture
+    ) -> Catch:
+        base = self.arena.alone(self.side, 0.0)
+        without = self._without(name, picked)
+        partners = self._partners_in(picked)
+        return Catch(
+            attack=name,
+            rows=rows,
+            mixture=picked,
+            admissible=admissible,
+            merged=self.test_accuracy(picked if admissible else base, rows),
+            unconstrained=self.test_accuracy(unconstrained, rows),
+            partners={p: self.arena.evaluate(picked, p, "test").accuracy for p in partners},
+            without={p: self.arena.evaluate(without, p, "test").accuracy for p in partners},
+        )
+
+    def test_accuracy(self, mixture: Mixture, rows: int) -> float:
+        """Accuracy on the protected task's test rows, re-labelled if `rows` is not 0."""
+        test = self.arena.evaluate(mixture, self.side, "test")
+        if rows == 0:
+            return test.accuracy
+        return relabelled_accuracy(
+            self.arena.evaluate(mixture, self.side, "validation"), test, rows
+        )
+
+    def _gain(self, mixture: Mixture, rows: int) -> float:
+        """What the attacker sees of the protected task while tuning, on validation rows."""
+        return self.arena.remember(
+            ("gain", mixture, self.side, rows),
+            lambda: _validation_accuracy(
+                self.arena.evaluate(mixture, self.side, "validation"), rows
+            ),
+        )
+
+    def _partners_in(self, mixture: Mixture) -> list[str]:
+        return [name for name in mixture.members if name != self.side]
+
+    def _partners_keep(self, mixture: Mixture) -> float:
+        """Mean over partners of accuracy in the mixture over accuracy without the release."""
+        without = self._without(mixture.attack, mixture)
+        partners = self._partners_in(mixture)
+        shares = [
+            self.arena.evaluate(mixture, p, "validation").accuracy
+            / max(1e-9, self.arena.evaluate(without, p, "validation").accuracy)
+            for p in partners
+        ]
+        return sum(shares) / len(shares)
+
+    def _without(self, name: str, mixture: Mixture) -> Mixture:
+        """The same attack on the same partners without the release, tuned in the same way."""
+        partners = tuple(self._partners_in(mixture))
+        if len(partners) < load_attacks().get(name).models[0]:
+            return self.arena.alone(partners[0])
+
+        def tuned() -> Mixture:
+            candidates = [m for m in self._grid(name, None) if m.members == partners]
+            return max(
+                candidates,
+                key=lambda m: sum(
+                    self.arena.evaluate(m, p, "validation").accuracy for p in partners
+                ),
+            )
+
+        return self.arena.remember(("without", name, partners), tuned)
+
+
+def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
+    """Raw accuracy, or re-labelled: fitted on the first rows and read on the rest, or crosswise."""
+    if rows == 0:
+        return evaluation.accuracy
+    count = len(evaluation.labels)
+    if rows > count:
+        raise UserError(
+            f"re-labelling with {rows} rows needs as many validation rows, there are {count}; "
+            "raise validation_rows, give more rows, or lower relabel_rows"
+        )
+    if rows > count // 2:
+        return cross_validated_accuracy(evaluation, rows)
+    rest = Evaluation(evaluation.logits[rows:], evaluation.labels[rows:])
+    return relabelled_accuracy(evaluation, rest, rows)
+
+
+def _teams(
+    attack: Attack, own: tuple[str, ...], partners: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
+    """Who is merged with whom: all together, or pairs for attacks that take two models."""
+    low, high = attack.models
+    if high is None or high >= len(own) + len(partners):
+        if len(own) + len(partners) >= low:
+            yield (*own, *partners)
+        return
+    for partner in partners:
+        if low <= len(own) + 1 <= high:
+            yield (*own, partner)
+
+
+def _settings(attack: Attack, grid: dict[str, list[float]]) -> Iterable[dict[str, Any]]:
+    """Combinations of the attack's own parameters, on the given grid or its own."""
+    unknown = [key for key in grid if key not in attack.grid]
+    if unknown:
+        raise UserError(
+            f"attacker.grids.{attack.name}.{unknown[0]} is no parameter of '{attack.name}'; "
+            f"it has: {', '.join(attack.grid) or 'none'}"
+        )
+    combinations: list[dict[str, Any]] = [{}]
+    for key, values in attack.grid.items():
+        combinations = [{**c, key: v} for c in combinations for v in grid.get(key) or values]
+    return combinations
+
+
+def chance(labels: torch.Tensor) -> float:
+    """Accuracy of always giving the most frequent label."""
+    return float(torch.bincount(labels).max() / len(labels))

@@ -1,0 +1,50 @@
+"""`trap2 sweep`: accuracy and loss of one release with its update at each scale, nothing merged."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trap2.attacks.live import LiveModel
+from trap2.auditing.arena import Member, Split
+from trap2.checkpoint import Checkpoint
+from trap2.recipes import TaskSpec
+from trap2.schema import ScalePoint
+from trap2.tasks.model import base_folder, load_encoder
+
+
+def sweep(
+    release: Path,
+    base: str,
+    task: TaskSpec,
+    scales: Sequence[float],
+    *,
+    split: Split = "test",
+    rows: int = 500,
+    seed: int = 0,
+    say: Callable[[ScalePoint], None] = lambda point: None,
+) -> list[ScalePoint]:
+    """Evaluate a release at each scale.
+
+    Args:
+        release: The release folder.
+        base: Folder or Hub id of its base.
+        task: Its task.
+        scales: Scales, in the order they are run; 0 is the base, 1 the release as released.
+        split: Rows to evaluate on.
+        rows: How many at most.
+        seed: Which rows, when there are more.
+        say: Told each point as it comes.
+
+    Raises:
+        UserError: An input is not acceptable.
+    """
+    folder = base_folder(base)
+    encoder = load_encoder(folder)
+    live = LiveModel(encoder, Checkpoint(folder))
+    member = Member(release, task, folder, encoder, {split: rows}, seed)
+    points = []
+    for s in scales:
+        with live.merged((name, s * delta) for name, delta in member.vector.items()):
+            result = member.evaluators[split]()
+        points.append(ScalePoint(s=s, accuracy=result.accuracy, loss=result.loss))
+        say(points[-1])
+    return points

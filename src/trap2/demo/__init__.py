@@ -1,0 +1,1 @@
+"""A whole round of protecting, merging, attacking and auditing on a real model, offline."""

@@ -1,0 +1,78 @@
+"""Everything that can be set about the trap; the defaults are the ones the bench chose."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trap2.errors import UserError
+from trap2.protecting.losses import TRAP_LOSSES
+from trap2.scales import ScaleLaw
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trap2Config:
+    """Settings of the trap.
+
+    The fields are plain values with a `help` text, so the class goes through transformers'
+    `HfArgumentParser` as it is. Steps are optimizer steps.
+
+    Raises:
+        UserError: A value is outside its range, or a name is unknown.
+    """
+
+    strength: float = _setting(0.3, "weight of the trap (lambda in the paper); 0 is a plain run")
+    loss: str = _setting("decoy", "trap loss: see `trap2 list losses`")
+    readout_weight: float = _setting(3.0, "weight of the read-out adversary added to the loss")
+    low: float = _setting(0.2, "smallest scale the trap is trained at")
+    high: float = _setting(1.6, "largest scale the trap is trained at")
+    band: float = _setting(0.05, "half-width around scale 1 where no trap is trained")
+    weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
+    fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
+    scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
+    warmup_steps: int = _setting(120, "plain steps before the trap starts")
+    ramp_steps: int = _setting(150, "steps over which the trap grows to its full strength")
+    seed: int = _setting(0, "seed of the scales")
+
+    def __post_init__(self) -> None:
+        TRAP_LOSSES.get(self.loss)
+        limits: dict[str, tuple[bool, str]] = {
+            "strength": (self.strength >= 0, "must be 0 or more"),
+            "readout_weight": (self.readout_weight >= 0, "must be 0 or more"),
+            "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
+            "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
+            "warmup_steps": (self.warmup_steps >= 0, "must be 0 or more"),
+            "ramp_steps": (self.ramp_steps >= 0, "must be 0 or more"),
+        }
+        for name, (sound, rule) in limits.items():
+            if not sound:
+                raise UserError(f"{name}={getattr(self, name)} is out of range; it {rule}")
+        _ = self.law
+
+    @property
+    def law(self) -> ScaleLaw:
+        """The scale law."""
+        return ScaleLaw(low=self.low, high=self.high, band=self.band, weighting=self.weighting)
+
+    def strength_at(self, step: int) -> float:
+        """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
+        since = step - self.warmup_steps + 1
+        if since <= 0:
+            return 0.0
+        return self.strength * min(1.0, since / max(1, self.ramp_steps))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "Trap2Config":
+        """The setting of arXiv 2601.21898: unbounded ascent, small strength, no warm-up."""
+        published: dict[str, Any] = {
+            "strength": 0.01,
+            "loss": "ascent",
+            "readout_weight": 0.0,
+            "low": 0.05,
+            "high": 2.0,
+            "warmup_steps": 0,
+            "ramp_steps": 0,
+        }
+        return cls(**{**published, **changes})

@@ -1,0 +1,121 @@
+"""Trap losses: what the scaled model is driven towards. All are minimised.
+
+Symbols: N rows, C classes; Z logits (N, C), Y one-hot labels (N, C), both centred over the rows in
+the read-out; p_y probability of the true label.
+
+`ascent` is the paper's (arXiv 2601.21898) and has no floor; the others are bounded, so their
+gradient ends when the trap has closed. `readout` is the only one that hides the answer instead of
+moving it: the rest can be undone by re-labelling the outputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trap2.errors import UserError
+from trap2.registry import Registry
+
+IGNORED = -100
+"""Label of positions that carry no target (transformers' convention)."""
+
+HINGE_CAP = 4.0
+"""Loss in nats above which `hinge` is content: the true label's probability is below 2 %."""
+
+DECOY_CLASS = 0
+"""The constant answer of `decoy`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward pass gave.
+
+    Attributes:
+        loss: The task loss, a scalar.
+        logits: (N, C), or (N, T, V) for tokens; None for models that give only a loss.
+        labels: (N,) or (N, T) integer labels.
+    """
+
+    loss: Tensor
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Logits (M, C) in float32 and labels (M,) of the positions that carry a target.
+
+        Raises:
+            UserError: There are no class or token probabilities to work on.
+        """
+        if self.logits is None or self.labels is None or self.labels.is_floating_point():
+            raise UserError(
+                "this trap loss needs logits and integer labels, the model gives none; "
+                "use loss=hinge, which needs only the loss"
+            )
+        logits, labels = self.logits, self.labels
+        if logits.dim() == 3:  # tokens: position t predicts token t + 1
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        kept = labels != IGNORED
+        return logits[kept].float(), labels[kept]
+
+
+TrapLoss = Callable[[Outcome], Tensor]
+TRAP_LOSSES: Registry[TrapLoss] = Registry("trap loss")
+
+
+def trap_loss(function: TrapLoss) -> TrapLoss:
+    """Register a trap loss under its function's name."""
+    return TRAP_LOSSES.add(getattr(function, "__name__", ""), function)
+
+
+@trap_loss
+def ascent(outcome: Outcome) -> Tensor:
+    """Minus the task loss: the paper's objective, unbounded."""
+    return -outcome.loss
+
+
+@trap_loss
+def hinge(outcome: Outcome) -> Tensor:
+    """max(0, cap - loss): raises any scalar loss up to a cap and no further."""
+    return F.relu(HINGE_CAP - outcome.loss)
+
+
+@trap_loss
+def unlikelihood(outcome: Outcome) -> Tensor:
+    """-log(1 - p_y): drives the true label's probability to zero (arXiv 1908.04319)."""
+    logits, labels = outcome.rows()
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return (logits.logsumexp(1) - others.logsumexp(1)).mean()
+
+
+@trap_loss
+def decoy(outcome: Outcome) -> Tensor:
+    """Cross-entropy towards one constant class, whatever the input."""
+    logits, labels = outcome.rows()
+    return F.cross_entropy(logits, torch.full_like(labels, DECOY_CLASS))
+
+
+@trap_loss
+def readout(outcome: Outcome) -> Tensor:
+    """Share of the labels that the best linear map of the outputs explains, in [0, 1].
+
+    R2 = tr(Y' Z (Z'Z + eps I)^-1 Z'Y) / tr(Y'Y) with eps = 1 % of the mean diagonal of Z'Z.
+    Indifferent to shifts, permutations and the size of the logits. Needs several rows of more than
+    one class: with fewer there is nothing to read and it is 0.
+    """
+    logits, labels = outcome.rows()
+    Z = logits - logits.mean(0)
+    # Only classes that occur carry variance: with tokens C is a vocabulary, the batch holds few.
+    present = torch.unique(labels)
+    Y = (labels[:, None] == present).float()
+    Y = Y - Y.mean(0)
+    if len(present) < 2:
+        return Z.sum() * 0.0
+    gram = Z.T @ Z
+    eps = 0.01 * gram.diagonal().mean() + torch.finfo(gram.dtype).eps
+    ridge = gram + eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    cross = Z.T @ Y
+    explained: Tensor = (cross * torch.linalg.solve(ridge, cross)).sum()
+    share: Tensor = explained / Y.square().sum()
+    return share

@@ -1,0 +1,96 @@
+"""The release folder: weights others can load without this package, `trap2.json`, a model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trap2.checkpoint import Checkpoint
+from trap2.files import file_digest, write_json, write_text
+from trap2.protecting.card import model_card
+from trap2.protecting.scaled import LiveUpdate
+from trap2.provenance import machine, now, versions
+from trap2.recipes import Recipe
+from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.model import DescriptionClassifier
+from trap2.tasks.relabel import cross_validated_accuracy
+
+CURVE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3, 1.6)
+"""Scales of the validation curve in `trap2.json`."""
+
+
+def write_release(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    config: dict[str, Any],
+    base: Path,
+    model: nn.Module,
+    update: LiveUpdate,
+    validation: Evaluator,
+    history: list[dict[str, Any]],
+    chosen: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Fill a release folder.
+
+    Args:
+        folder: Where; it exists and is empty.
+        recipe: What was asked for.
+        config: All settings of the trap.
+        base: Folder of the base.
+        model: The trained model.
+        update: Its update, for the scale curve.
+        validation: The model on validation rows.
+        history: Scores of all checkpoints.
+        chosen: Scores of the released one.
+        seconds: Duration of the training.
+    """
+    _save_weights(folder, model, validation)
+    record = {
+        "schema_version": 1,
+        "recipe": json.loads(recipe.model_dump_json()),
+        "trap2": config,
+        "seed": recipe.seed,
+        "versions": versions(),
+        "machine": machine(),
+        "created": now(),
+        "training_seconds": round(seconds, 1),
+        "digests": {
+            "base": Checkpoint(base).digest,
+            "files": {p.name: file_digest(p) for p in sorted(folder.glob("*.safetensors"))},
+        },
+        "validation": {
+            "rows": len(validation.labels),
+            "chosen": chosen,
+            "history": history,
+            "scale_curve": scale_curve(update, validation),
+        },
+    }
+    write_json(folder / "trap2.json", record)
+    write_text(folder / "README.md", model_card(record))
+
+
+def scale_curve(update: LiveUpdate, evaluator: Evaluator) -> list[dict[str, float]]:
+    """Accuracy (raw and re-labelled) and loss of the model in memory at each scale."""
+    points = []
+    for s in CURVE:
+        with update.at(s):
+            result = evaluator()
+        points.append(
+            {
+                "s": s,
+                "accuracy": result.accuracy,
+                "relabelled": cross_validated_accuracy(result, len(result.labels)),
+                "loss": result.loss,
+            }
+        )
+    return points
+
+
+def _save_weights(folder: Path, model: nn.Module, validation: Evaluator) -> None:
+    saved: Any = model.encoder if isinstance(model, DescriptionClassifier) else model
+    saved.save_pretrained(folder, safe_serialization=True)
+    if not (folder / "adapter_config.json").is_file():
+        validation.inputs.processor.save_pretrained(folder)

@@ -1,0 +1,303 @@
+"""`trap2 protect`: a recipe in, a release folder out, on transformers' Trainer.
+
+While it runs, everything lies in `<out>.work`: the trainer's own checkpoints, and the best
+candidate so far. The release folder appears whole at the end or not at all.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from trap2.errors import UserError
+from trap2.files import new_folder, read_json, refuse_existing, write_json
+from trap2.naming import is_head
+from trap2.protecting.config import Trap2Config
+from trap2.protecting.release import write_release
+from trap2.protecting.selection import Candidate, judge
+from trap2.protecting.trainer import protect_trainer
+from trap2.recipes import Recipe, config_from
+from trap2.tasks.data import Rows, load_rows
+from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.model import DescriptionClassifier, Inputs, base_folder, build, load_encoder
+from trap2.tasks.relabel import cross_validated_accuracy
+
+
+class EncodedRows(Dataset[dict[str, Any]]):
+    """Training rows in the form the trainer samples and batches."""
+
+    def __init__(self, inputs: Inputs, rows: Rows) -> None:
+        self._inputs, self._labels = inputs, rows.labels
+        self._encoded = inputs.encode(list(rows.inputs))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._encoded[index], "labels": self._labels[index]}
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of tensors with `labels` (N,)."""
+        batch = self._inputs.batch([row["input_ids"] for row in rows])
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def protect(
+    recipe: Recipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False
+) -> Path:
+    """Fine-tune by a recipe, with the trap unless its strength is 0, and write the release.
+
+    Args:
+        recipe: What to do.
+        out: The release folder to make.
+        overwrite: Replace a release that is there.
+        resume: Continue an interrupted run from its last whole checkpoint.
+        quiet: No progress bar.
+
+    Returns:
+        The release folder.
+
+    Raises:
+        UserError: The recipe, the data or the base is not acceptable.
+        TrainingStopped: A loss became NaN or infinite; checkpoints stay in `<out>.work`.
+    """
+    config: Trap2Config = config_from({"seed": recipe.seed, **recipe.trap2}, Trap2Config)
+    refuse_existing(out, overwrite)
+    work = out.with_name(out.name + ".work")
+    _claim(work, recipe, resume, overwrite)
+    base = base_folder(recipe.base)
+    set_seed(recipe.seed)
+    encoder = load_encoder(base)
+    inputs = Inputs(base, recipe.task)
+    model = build(base, recipe.task, encoder, inputs)
+    validation = Evaluator(model, inputs, load_rows(recipe.task, "validation", recipe.seed))
+    base_leak = cross_validated_accuracy(validation(), len(validation.labels))
+    data = EncodedRows(inputs, load_rows(recipe.task, "train", recipe.seed))
+    model = validation.model = trainable(model, recipe)
+    trainer = protect_trainer(Trainer)(
+        model=model,
+        args=_arguments(recipe, work),
+        train_dataset=data,
+        data_collator=data.collate,
+        trap2=config,
+    )
+    best = BestCandidate(trainer, validation, base_leak, recipe.training.evaluate_every, work)
+    trainer.add_callback(best)
+    if not quiet:
+        trainer.add_callback(ProgressBar(trainer, f"{recipe.task.name} {_kind(config)}"))
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work) if resume else None)
+    best.restore()
+    with new_folder(out, overwrite) as folder:
+        write_release(
+            folder,
+            recipe=recipe,
+            config=asdict(config),
+            base=base,
+            model=model,
+            update=trainer.update,
+            validation=validation,
+            history=[candidate.record() for candidate in best.history],
+            chosen=best.chosen.record(),
+            seconds=time.monotonic() - started,
+        )
+    shutil.rmtree(work)
+    return out
+
+
+def _kind(config: Trap2Config) -> str:
+    return "control" if config.strength == 0 else "protected"
+
+
+def _claim(work: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Take the work folder: a new one, or the one this very recipe left behind."""
+    recorded = work / "recipe.json"
+    if resume:
+        if not recorded.is_file():
+            raise UserError(f"{work} holds no interrupted run; run without --resume")
+        if read_json(recorded) != json.loads(recipe.model_dump_json()):
+            raise UserError(
+                f"{work} was left by another recipe; resume with that one, or run without --resume"
+            )
+        return
+    if work.exists() and not overwrite:
+        raise UserError(
+            f"{work} holds an interrupted run; pass --resume to go on or --overwrite to start again"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(recorded, json.loads(recipe.model_dump_json()))
+
+
+def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Make the model's encoder trainable as the recipe says: an adapter on it, or all of it."""
+    described = isinstance(model, DescriptionClassifier)
+    if recipe.method == "full":
+        for name, parameter in model.named_parameters():
+            # A description head reads hidden states: the pooler gets no gradient.
+            parameter.requires_grad = not (described and "pooler" in name)
+        return model
+    spec = recipe.lora
+    encoder: Any = model.encoder if described else model
+    heads = [name for name, _ in model.named_children() if is_head(name)]
+    adapter = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        target_modules=_targets(encoder) if spec.targets == "all-linear" else spec.targets,
+        modules_to_save=heads or None,
+    )
+    try:
+        adapted: Any = get_peft_model(encoder, adapter)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"lora.targets={spec.targets}: {reason}; name modules it has") from error
+    adapted.peft_config["default"].base_model_name_or_path = recipe.base
+    if described:
+        model.encoder = adapted
+        return model
+    return cast(nn.Module, adapted)
+
+
+def _targets(encoder: nn.Module) -> list[str]:
+    """Every linear map of the encoder (pointwise convolutions are linear maps), in module order."""
+    names = []
+    for name, module in encoder.named_modules():
+        pointwise = (
+            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+        )
+        if (isinstance(module, nn.Linear) or pointwise) and not is_head(name):
+            names.append(name)
+    return [name for name in names if "pooler" not in name]
+
+
+def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
+    spec = recipe.training
+    by_length = spec.batch_by_length and recipe.task.kind == "text"
+    return TrainingArguments(
+        output_dir=str(work / "checkpoints"),
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=spec.lr_warmup_steps,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if by_length else "random",
+        seed=recipe.seed,
+        save_steps=spec.evaluate_every,
+        save_total_limit=2,
+        logging_steps=10,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint whose last-written file is there and sound; None to start anew."""
+    found = sorted(
+        (work / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+    )
+    for folder in reversed(found):
+        try:
+            read_json(folder / "trainer_state.json")
+        except UserError:
+            continue
+        return str(folder)
+    return None
+
+
+class BestCandidate(TrainerCallback):
+    """Judges the model every so many steps and keeps the best, on disk so that a resume has it."""
+
+    def __init__(
+        self, trainer: Any, validation: Evaluator, base_leak: float, every: int, work: Path
+    ) -> None:
+        self._trainer, self._validation, self._every = trainer, validation, every
+        self._base_leak, self._work = base_leak, work
+        self.history: list[Candidate] = []
+
+    @property
+    def chosen(self) -> Candidate:
+        """The best candidate; the later one on equal scores."""
+        return max(self.history, key=lambda candidate: (candidate.score, candidate.step))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On a resume, take back what was judged before the checkpoint."""
+        path = self._work / "candidates.json"
+        if state.global_step > 0 and path.is_file():
+            kept = read_json(path)["candidates"]
+            self.history = [Candidate(**c) for c in kept if c["step"] <= state.global_step]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge; keep the weights if they are the best so far."""
+        if state.global_step % self._every and state.global_step != state.max_steps:
+            return
+        plain = self._trainer.trap2.strength == 0
+        candidate = judge(
+            self._trainer.update, self._validation, state.global_step, self._base_leak, plain
+        )
+        self.history = [c for c in self.history if c.step != candidate.step] + [candidate]
+        if self.chosen is candidate:
+            partial = self._weights(candidate).with_suffix(".partial")
+            save_file({n: p.detach().contiguous() for n, p in self._trained()}, partial)
+            partial.replace(self._weights(candidate))
+        write_json(
+            self._work / "candidates.json", {"candidates": [asdict(c) for c in self.history]}
+        )
+
+    def restore(self) -> None:
+        """Put the best candidate's weights back into the model."""
+        kept = load_file(self._weights(self.chosen))
+        with torch.no_grad():
+            for name, tensor in self._trained():
+                tensor.copy_(kept[name])
+
+    def _weights(self, candidate: Candidate) -> Path:
+        return self._work / f"candidate-{candidate.step}.safetensors"
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        """Trained parameters, and the buffers training moves (batch-norm statistics)."""
+        model = self._trainer.model
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return trained + [(n, b) for n, b in model.named_buffers() if b.is_floating_point()]
+
+
+class ProgressBar(TrainerCallback):
+    """One line: steps, remaining time, nominal and trap loss."""
+
+    def __init__(self, trainer: Any, title: str) -> None:
+        self._trainer, self._title = trainer, title
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._title)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance it."""
+        last = self._trainer.last
+        trap = "-" if last.trap is None else f"{last.trap:.3f}"
+        self._bar.set_postfix_str(f"nominal {last.nominal:.3f}, trap {trap}", refresh=False)
+        self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close it."""
+        self._bar.close()

@@ -1,0 +1,141 @@
+"""The update being trained, and the model with that update at another scale.
+
+Symbols: W0 origin of a parameter (the base; zero for `lora_B`); p its current value; s scale.
+Inside `LiveUpdate.at(s)` every shared parameter holds W0 + s * (p - W0), in place: no second set of
+weights, no second graph, and gradient checkpointing recomputes with the right weights as long as
+the backward pass runs inside too.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trap2.errors import Unsupported, UserError
+from trap2.naming import is_head
+from trap2.update import PEFT_PREFIX, adapter_refusals
+
+LORA_A = ("lora_A", "lora_embedding_A")
+LORA_B = ("lora_B", "lora_embedding_B")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One trained parameter that a merge would re-scale. `origin` None stands for zero."""
+
+    name: str
+    parameter: nn.Parameter
+    origin: Tensor | None
+
+
+class LiveUpdate:
+    """The part of a model in training that a release would share with its base.
+
+    For LoRA and rsLoRA that is every `lora_B` (scaling A as well would give s squared) and whole
+    modules saved beside the adapter; for full fine-tuning every trained parameter, measured from
+    its value now. Task heads are not part of it.
+
+    Args:
+        model: The model, before its first optimizer step.
+
+    Raises:
+        UserError: Nothing is trainable.
+        Unsupported: The adapter's update is not linear in `lora_B`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        names = [name for name, _ in trained]
+        if not names:
+            raise UserError("the model has 0 trainable parameters; unfreeze it or add an adapter")
+        _check_adapters(model)
+        if any(part in name.split(".") for name in names for part in LORA_B):
+            self.shared = list(_adapter_parameters(model, trained))
+        else:
+            self.shared = [
+                Shared(name, p, p.detach().clone()) for name, p in trained if not is_head(name)
+            ]
+        if not self.shared:
+            raise UserError(
+                f"only head parameters are trainable ({', '.join(names[:3])}); nothing would be "
+                "shared with the base, so there is nothing to protect: unfreeze the encoder"
+            )
+
+    @contextmanager
+    def at(self, s: float) -> Iterator[None]:
+        """The model with its update at scale s; gradients include the chain-rule factor s.
+
+        Run forward and backward inside. On leaving, every parameter is bit-identical to before.
+        """
+        kept = [item.parameter.detach().clone() for item in self.shared]
+        with ExitStack() as stack:
+            stack.callback(self._put_back, kept)
+            with torch.no_grad():
+                for item in self.shared:
+                    if item.origin is None:
+                        item.parameter.mul_(s)
+                    else:
+                        item.parameter.copy_(torch.lerp(item.origin, item.parameter, s))
+            # A hook on the incoming gradient leaves what .grad holds already untouched.
+            for item in self.shared:
+                if item.parameter.requires_grad:
+                    handle = item.parameter.register_hook(lambda grad: grad * s)  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
+            torch.clear_autocast_cache()
+            yield
+
+    @torch.no_grad()
+    def _put_back(self, kept: list[Tensor]) -> None:
+        for item, value in zip(self.shared, kept, strict=True):
+            item.parameter.copy_(value)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch-norm layers normalise as before but leave their running statistics alone."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _adapter_parameters(
+    model: nn.Module, trained: list[tuple[str, nn.Parameter]]
+) -> Iterator[Shared]:
+    everything = dict(model.named_parameters())
+    for name, parameter in trained:
+        parts = name.split(".")
+        inner = name.split(PEFT_PREFIX, 1)[-1]
+        if any(part in parts for part in LORA_B):
+            yield Shared(name, parameter, None)
+        elif any(part in parts for part in LORA_A) or is_head(inner):
+            continue
+        elif "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            original = ".".join([*parts[:at], "original_module", *parts[at + 2 :]])
+            yield Shared(name, parameter, everything[original].detach().clone())
+        else:
+            raise Unsupported(
+                f"'{name}' is trained beside a LoRA adapter and is neither part of it nor of a "
+                "task head; freeze it, or list its module in modules_to_save"
+            )
+
+
+def _check_adapters(model: nn.Module) -> None:
+    for module in model.modules():
+        for config in (getattr(module, "peft_config", None) or {}).values():
+            reasons = adapter_refusals(config.to_dict())
+            if reasons:
+                raise Unsupported(
+                    f"this adapter uses {'; '.join(reasons)}: its scale is not exact yet; "
+                    "use plain LoRA, rsLoRA or full fine-tuning"
+                )

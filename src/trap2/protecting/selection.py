@@ -1,0 +1,62 @@
+"""Which checkpoint to release: the one that is worth most to its author and least in a merge.
+
+A checkpoint scores its validation accuracy at s = 1 minus the accuracy points above the base model
+that re-labelling still finds off s = 1. A control has no trap, so only its accuracy counts.
+"""
+
+from dataclasses import asdict, dataclass
+
+from trap2.protecting.scaled import LiveUpdate
+from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.relabel import cross_validated_accuracy
+
+PROBED_SCALES = (0.5, 0.8)
+"""Scales at which a checkpoint's leak is read: where merges put an update, far and near."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Validation scores of one checkpoint, accuracies as fractions.
+
+    Attributes:
+        step: Optimizer step.
+        utility: Accuracy at s = 1.
+        leak: Best re-labelled accuracy over the probed scales; None for a control.
+        base_leak: The same read-out on the base model: nothing can go below it for free.
+    """
+
+    step: int
+    utility: float
+    leak: float | None
+    base_leak: float
+
+    @property
+    def score(self) -> float:
+        """Utility minus what leaks above the base model."""
+        return self.utility - max(0.0, (self.leak or 0.0) - self.base_leak)
+
+    def record(self) -> dict[str, float | int | None]:
+        """For `trap2.json`."""
+        return {**asdict(self), "score": self.score}
+
+
+def judge(
+    update: LiveUpdate, evaluator: Evaluator, step: int, base_leak: float, control: bool
+) -> Candidate:
+    """Score the model in training on validation rows; its weights and mode are left as they were.
+
+    Args:
+        update: The update in training.
+        evaluator: The model on validation rows.
+        step: Optimizer step.
+        base_leak: Re-labelled accuracy of the base model on the same rows.
+        control: Whether there is no trap to judge.
+    """
+    utility = evaluator().accuracy
+    if control:
+        return Candidate(step, utility, None, base_leak)
+    leaks = []
+    for s in PROBED_SCALES:
+        with update.at(s):
+            leaks.append(cross_validated_accuracy(evaluator(), len(evaluator.labels)))
+    return Candidate(step, utility, max(leaks), base_leak)

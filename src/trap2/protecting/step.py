@@ -1,0 +1,95 @@
+"""The idea, on one screen: one protected training step.
+
+    minimise  L(W0 + dW) + strength * E_s[ w(s) * trap(W0 + s * dW) ],    s != 1
+
+Symbols: W0 base weights; dW update in training; s scale; w(s) weight of a scale; L task loss.
+`trap` is one of `losses.py` (the paper's own, arXiv 2601.21898, is trap = -L).
+
+The second term runs forward *and* backward with the parameters held at W0 + s*dW and the same
+dropout masks; its gradient adds up in `.grad` beside the nominal one. Clipping, unscaling and the
+optimizer step stay the user's own.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trap2.errors import TrainingStopped
+from trap2.protecting.config import Trap2Config
+from trap2.protecting.scaled import LiveUpdate, frozen_statistics
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: nominal loss, trap loss (None while there is no trap), and its scales."""
+
+    nominal: float
+    trap: float | None
+    scales: tuple[float, ...]
+
+
+def trap_step(
+    nominal: Callable[[], Tensor],
+    scaled: Callable[[int, float], Tensor],
+    *,
+    update: LiveUpdate,
+    config: Trap2Config,
+    step: int,
+) -> StepRecord:
+    """Run one step's forward and backward passes; the gradients are left in `.grad`.
+
+    Args:
+        nominal: Runs the user's own forward and backward; returns the loss.
+        scaled: `scaled(part, factor)` runs forward and backward of `factor * trap` on the rows of
+            one part (of `config.scales_per_step`); returns the trap loss.
+        update: The update in training.
+        config: Settings.
+        step: Index of the optimizer step; the same for all micro-batches of one step.
+
+    Raises:
+        TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
+    """
+    replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
+    loss = _finite(nominal(), "nominal loss", step)
+    strength = config.strength_at(step)
+    if strength == 0.0:
+        return StepRecord(loss, None, ())
+    scales = config.law.draw(config.seed, step, config.scales_per_step)
+    trap = 0.0
+    for part, s in enumerate(scales):
+        factor = strength * config.law.weight(s) / len(scales)
+        with replay(), update.at(s), frozen_statistics(update.model):
+            trap += _finite(scaled(part, factor), "trap loss", step) / len(scales)
+    return StepRecord(loss, trap, tuple(scales))
+
+
+def _finite(loss: Tensor, what: str, step: int) -> float:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingStopped(
+            f"{what} is {value} at step {step}; training stopped before the weights took it: "
+            "lower the learning rate or the strength and resume from the last checkpoint"
+        )
+    return value
+
+
+def _replayer(update: LiveUpdate) -> Callable[[], AbstractContextManager[None]]:
+    """Make a context that replays the random stream from here and then puts the stream back."""
+    device = update.shared[0].parameter.device
+    cards = [device.index or 0] if device.type == "cuda" else []
+    host = torch.get_rng_state()
+    states = [torch.cuda.get_rng_state(card) for card in cards]
+
+    @contextmanager
+    def replay() -> Iterator[None]:
+        with torch.random.fork_rng(devices=cards):
+            torch.set_rng_state(host)
+            for card, state in zip(cards, states, strict=True):
+                torch.cuda.set_rng_state(state, card)
+            yield
+
+    return replay

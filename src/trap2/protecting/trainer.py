@@ -1,0 +1,114 @@
+"""Protection for transformers' Trainer and its subclasses: one changed line.
+
+Trainer = protect_trainer(Trainer)
+Trainer(model=model, args=args, train_dataset=data, trap2=Trap2Config()).train()
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from trap2.errors import Unsupported
+from trap2.protecting.batches import part_of
+from trap2.protecting.config import Trap2Config
+from trap2.protecting.losses import Outcome
+from trap2.protecting.protector import trap_value
+from trap2.protecting.scaled import LiveUpdate
+from trap2.protecting.step import StepRecord, trap_step
+
+GENERATING = ("GRPOTrainer", "RLOOTrainer")
+"""Trainers that count generated batches inside `training_step`, which we call twice."""
+
+
+def protect_trainer(trainer_class: type) -> Any:
+    """Make a Trainer class that protects what it trains.
+
+    Args:
+        trainer_class: `transformers.Trainer` or a subclass of it.
+
+    Returns:
+        A subclass whose constructor takes one more keyword, `trap2: Trap2Config`.
+
+    Raises:
+        Unsupported: The trainer generates its own batches.
+    """
+    names = [base.__name__ for base in trainer_class.__mro__]
+    for name in GENERATING:
+        if name in names:
+            raise Unsupported(
+                f"{name} counts generated batches in training_step, which protection runs twice; "
+                "protect the supervised stage that follows instead"
+            )
+    return type(f"Protected{trainer_class.__name__}", (_ProtectedMixin, trainer_class), {})
+
+
+class _ProtectedMixin:
+    """`training_step` twice: as it is, then scaled with the trap as its loss."""
+
+    state: Any
+    model: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, trap2: Trap2Config | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trap2 = trap2 if trap2 is not None else Trap2Config()
+        self.update = LiveUpdate(self.model)
+        self.last: StepRecord | None = None
+        self._factor: float | None = None
+        self._trap: Tensor | None = None
+        self._records: list[StepRecord] = []
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        step = super().training_step  # type: ignore[misc]
+        losses: list[Tensor] = []
+
+        def nominal() -> Tensor:
+            losses.append(step(model, inputs, *args, **kwargs))
+            return losses[0]
+
+        def scaled(part: int, factor: float) -> Tensor:
+            rows = part_of(inputs, self.trap2.fraction, part, self.trap2.scales_per_step)
+            self._factor = factor
+            try:
+                # No item count: the trap is a mean over rows, divided by the accumulation steps.
+                step(model, rows, None)
+            finally:
+                self._factor = None
+            assert self._trap is not None
+            return self._trap
+
+        self.last = trap_step(
+            nominal, scaled, update=self.update, config=self.trap2, step=self.state.global_step
+        )
+        self._records.append(self.last)
+        return losses[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        compute = super().compute_loss  # type: ignore[misc]
+        if self._factor is None:
+            return compute(model, inputs, return_outputs=return_outputs, **kwargs)
+        labels = inputs.get("labels")
+        loss, outputs = compute(model, inputs, return_outputs=True, **kwargs)
+        logits = outputs.get("logits")
+        value = trap_value(Outcome(loss, logits, labels), self.trap2)
+        self._trap = value.detach()
+        scaled_loss = value * self._factor
+        return (scaled_loss, outputs) if return_outputs else scaled_loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the trap's own numbers to whatever the trainer logs about a step."""
+        trapped = [r for r in self._records if r.trap is not None]
+        if "loss" in logs and trapped:
+            logs["trap2/trap_loss"] = sum(r.trap or 0.0 for r in trapped) / len(trapped)
+            logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
+        if "loss" in logs:
+            self._records.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]

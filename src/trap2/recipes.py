@@ -1,0 +1,274 @@
+"""What people write in YAML: recipes (`trap2 protect`) and audits (`trap2 audit`), validated.
+
+Unknown keys, wrong types and values out of range end in one line that names the key, the reason
+and the remedy. Relative paths are relative to the file they stand in.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trap2.errors import UserError
+from trap2.registry import did_you_mean
+
+
+class Settings(BaseModel):
+    """Base of everything in a recipe: nothing unknown, nothing changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(Settings):
+    """Where labelled rows come from: files, an image folder, or a Hub data set."""
+
+    train: Path | None = Field(None, description="csv, json(l) or parquet file")
+    validation: Path | None = Field(None, description="same; carved from train where absent")
+    test: Path | None = Field(None, description="same; needed by audits")
+    imagefolder: Path | None = Field(None, description="folder of split/class/image files")
+    hub: str | None = Field(None, description="id of a Hub data set")
+    hub_config: str | None = Field(None, description="its configuration")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="carved from train")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSpec":
+        given = [self.train or self.validation or self.test, self.imagefolder, self.hub]
+        if sum(source is not None for source in given) != 1:
+            raise ValueError("give exactly one source: files (train, ...), imagefolder or hub")
+        return self
+
+
+class TaskSpec(Settings):
+    """One classification task: its rows, its classes and its head."""
+
+    name: str = Field(min_length=1, max_length=200)
+    kind: Literal["text", "image"] = "text"
+    data: DataSpec
+    input: str | None = Field(None, description="column of the text or image; its kind by default")
+    label: str = Field("label", description="column of the class index or name")
+    classes: list[str] = Field(min_length=2, description="class names, in label order")
+    descriptions: list[str] | None = Field(
+        None, description="one sentence a class: a frozen zero-shot head; else a trained one"
+    )
+    temperature: float = Field(
+        20.0, gt=0, description="multiplies the cosine of a description head"
+    )
+    max_length: int = Field(128, gt=1, description="tokens kept of each text")
+    limit: dict[Literal["train", "validation", "test"], Annotated[int, Field(gt=0)]] = Field(
+        default_factory=dict, description="use only so many rows of a split"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> "TaskSpec":
+        if self.descriptions is not None and len(self.descriptions) != len(self.classes):
+            raise ValueError(
+                f"{len(self.descriptions)} descriptions for {len(self.classes)} classes; "
+                "give one each"
+            )
+        if self.descriptions is not None and self.kind == "image":
+            raise ValueError("descriptions need kind: text; remove them to train a classifier head")
+        if len(dict.fromkeys(self.classes)) != len(self.classes):
+            raise ValueError("a class name stands twice; names must differ")
+        return self
+
+
+class LoraSpec(Settings):
+    """Shape of the adapter."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    rslora: bool = False
+
+
+class TrainingSpec(Settings):
+    """The fine-tuning itself; the same for a release and for its control."""
+
+    steps: int = Field(450, ge=1)
+    batch_size: int = Field(32, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    evaluate_every: int = Field(100, ge=1, description="steps between checkpoints")
+    batch_by_length: bool = Field(True, description="batches of like length: less padding")
+
+
+class Recipe(Settings):
+    """One fine-tuning run and the release it makes."""
+
+    base: str = Field(description="local folder or Hub id")
+    task: TaskSpec
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraSpec = LoraSpec()
+    training: TrainingSpec = TrainingSpec()
+    trap2: dict[str, float | int | str] = Field(
+        default_factory=dict, description="fields of Trap2Config; strength: 0 makes a control"
+    )
+    seed: int = Field(0, ge=0)
+
+
+class ReleaseSpec(Settings):
+    """A released folder and the task it was made for."""
+
+    path: Path
+    task: TaskSpec
+
+
+class AttackerSpec(Settings):
+    """What the attacker may spend."""
+
+    attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
+    coefficients: list[float] | None = Field(
+        None, description="shared coefficients tried in T1 and T2; each attack's own by default"
+    )
+    grids: dict[str, dict[str, list[float]]] = Field(
+        default_factory=dict, description="values of an attack's own parameters"
+    )
+    t3_attacks: list[str] = ["task_arithmetic"]
+    t3_values: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2], min_length=2)
+    t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
+    relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
+    partners_keep: float = Field(0.95, gt=0, le=1)
+    validation_rows: int = Field(300, ge=10)
+    test_rows: int = Field(500, ge=10)
+
+
+class AuditSpec(Settings):
+    """One audit."""
+
+    base: str
+    release: ReleaseSpec
+    control: Path | None = None
+    partners: list[ReleaseSpec] = Field(min_length=1)
+    attacker: AttackerSpec = AttackerSpec()
+    scales: list[float] = [0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.3, 1.5, 1.8]
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "AuditSpec":
+        names = [self.release.task.name, *(p.task.name for p in self.partners)]
+        if len(dict.fromkeys(names)) != len(names):
+            raise ValueError(f"task names must differ, got {', '.join(names)}; rename one")
+        return self
+
+
+SpecT = TypeVar("SpecT", Recipe, AuditSpec)
+
+
+def load(kind: type[SpecT], path: Path, changes: list[str] | None = None) -> SpecT:
+    """Read and validate a YAML file.
+
+    Args:
+        kind: `Recipe` or `AuditSpec`.
+        path: The file.
+        changes: Overrides of the form `a.b=c`, applied before validation; c is read as YAML.
+
+    Raises:
+        UserError: The file is missing or not YAML, or a key or value is not acceptable.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {reason}; mend that line") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; start from the examples in the README")
+    for change in changes or []:
+        _override(content, change)
+    try:
+        return kind.model_validate(_rooted(content, path.parent))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, kind)}") from error
+
+
+def _override(content: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"--set {change} is not of the form a.b=c; write for example training.steps=300"
+        )
+    *parents, last = key.split(".")
+    place: Any = content
+    for parent in parents:
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise UserError(
+            f"--set {change}: '{'.'.join(parents)}' is not a group of settings; check the key"
+        )
+    place[last] = yaml.safe_load(value)
+
+
+PATH_KEYS = ("train", "validation", "test", "imagefolder", "path", "control")
+
+
+def _rooted(content: Any, root: Path, key: str = "") -> Any:
+    """Make relative paths absolute, from the folder of the file they stand in."""
+    if isinstance(content, dict):
+        return {name: _rooted(value, root, str(name)) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_rooted(value, root, key) for value in content]
+    if isinstance(content, str) and key in PATH_KEYS:
+        return str((root / content).absolute())
+    if isinstance(content, str) and key == "base" and (root / content).is_dir():
+        return str((root / content).absolute())
+    return content
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """One line about the first problem, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(kind, first["loc"][:-1])
+        name = str(first["loc"][-1])
+        return f"unknown key '{place}';{did_you_mean(name, known)} known: {', '.join(known)}{more}"
+    if first["type"] == "missing":
+        return f"key '{place}' is missing; add it{more}"
+    if first["type"] == "value_error":
+        return f"{place or 'settings'}: {first['msg'].removeprefix('Value error, ')}{more}"
+    return f"{place}={first['input']!r} is not acceptable: {first['msg'].lower()}; correct it{more}"
+
+
+def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    for part in place:
+        if isinstance(part, int):
+            continue
+        annotation = kind.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not models:
+            return []
+        kind = models[0]
+    return list(kind.model_fields)
+
+
+def config_from(settings: dict[str, Any], config_class: type[Any]) -> Any:
+    """Make a settings dataclass from recipe values, with a suggestion on an unknown key.
+
+    Raises:
+        UserError: A key is unknown or a value has the wrong type or range.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    values = {}
+    for key, value in settings.items():
+        if key not in fields:
+            known = list(fields)
+            raise UserError(
+                f"unknown key 'trap2.{key}';{did_you_mean(key, known)} known: {', '.join(known)}"
+            )
+        wanted = fields[key]
+        try:
+            values[key] = wanted(value) if callable(wanted) else value
+        except ValueError as error:
+            raise UserError(f"trap2.{key}={value!r} is not a {wanted}; correct it") from error
+    return config_class(**values)

@@ -1,0 +1,1 @@
+"""What people see of an audit: pure functions of the record in `trap2.schema`."""

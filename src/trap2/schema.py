@@ -1,0 +1,176 @@
+"""The record of an audit: `report.json`, schema version 1.
+
+Everything people see (page, plots, terminal table) is drawn from this record and nothing else.
+Accuracies, retained skill and unmergeability are fractions. Words are those of `docs/method.md`:
+
+    base a0            accuracy of the base model with the released head
+    standalone a1      accuracy of the release as released (s = 1)
+    control            the same recipe without the trap
+    merged m           the protected task in the merge the attacker chose
+    retained R         clip((m - a0) / (a1 - a0), 0, 1)
+    unmergeability U   1 - max R over the attacks of a tier and of the tiers before it
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trap2.errors import UserError
+from trap2.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Tier = Literal["T1", "T2", "T3"]
+Params = dict[str, float | int | str | bool | list[float]]
+
+
+class Record(BaseModel):
+    """Base of all records: nothing unknown, nothing changed after the fact, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ReleaseInfo(Record):
+    """What was audited."""
+
+    name: str
+    kind: Literal["lora", "full"]
+    task: str
+    classes: int
+    partners: list[str]
+    base: str
+    has_control: bool
+    trained_range: tuple[float, float] | None = None
+    trained_band: float | None = None
+
+
+class RelabelledReferences(Record):
+    """References read through the same linear map of the outputs that a T2 attacker fits."""
+
+    rows: int
+    base: Fraction
+    standalone: Fraction
+    control: Fraction | None
+
+
+class References(Record):
+    """What the attacks are measured against, on test rows."""
+
+    base: Fraction
+    standalone: Fraction
+    control: Fraction | None
+    chance: Fraction
+    relabelled: list[RelabelledReferences]
+    partners: dict[str, Fraction]
+
+
+class ScalePoint(Record):
+    """Accuracy and loss with the update applied at scale s, nothing merged."""
+
+    s: float
+    accuracy: Fraction
+    loss: float
+
+
+class PartnerScore(Record):
+    """A partner task in the merge, and what the same attack reaches for it without the release."""
+
+    merged: Fraction
+    without_release: Fraction
+
+
+class AttackResult(Record):
+    """One attack, tuned on validation rows, scored once on test rows.
+
+    `params` holds the coefficients the attacker chose; `admissible` says whether the partners kept
+    the required share; `unconstrained` is the best merged accuracy when partners do not matter.
+    """
+
+    name: str
+    tier: Tier
+    params: Params
+    merged: Fraction
+    retained: Fraction
+    admissible: bool
+    unconstrained_retained: Fraction
+    partners: dict[str, PartnerScore]
+    control_params: Params | None = None
+    control_merged: Fraction | None = None
+    control_retained: Fraction | None = None
+    control_admissible: bool | None = None
+    relabel_rows: int = 0
+    evaluations: int = 0
+
+
+class FrontierPoint(Record):
+    """One tried mixture: skill kept against what the partners kept (validation rows)."""
+
+    attack: str
+    params: Params
+    retained: Fraction
+    partners_retained: float
+    of: Literal["release", "control"] = "release"
+
+
+class TierResult(Record):
+    """The worst case of one attacker tier, the ones before it included."""
+
+    unmergeability: Fraction
+    worst_attack: str
+    control_unmergeability: Fraction | None
+    by_rows: dict[str, Fraction] = {}
+    control_by_rows: dict[str, Fraction] = {}
+    verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
+
+
+class Report(Record):
+    """One audit."""
+
+    schema_version: Literal[1] = 1
+    release: ReleaseInfo
+    references: References
+    utility_cost: float | None
+    scale_curve: list[ScalePoint]
+    control_scale_curve: list[ScalePoint]
+    attacks: list[AttackResult]
+    frontier: list[FrontierPoint]
+    tiers: dict[Tier, TierResult]
+    verdict: str
+    limits: list[str]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, str]
+    seed: int
+    digests: dict[str, str]
+    rows: dict[str, int]
+    created: str
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Write the record so that it is whole or absent."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Read a record back.
+
+        Raises:
+            UserError: The file is missing, or not a report of this schema version.
+        """
+        record = read_json(path)
+        version = record.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema_version {version!r}, this version reads {SCHEMA_VERSION}; "
+                "use the version of trap2 that wrote it"
+            )
+        try:
+            return cls.model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"{path} is not a whole report: {place}: {first['msg']}; run the audit again"
+            ) from error

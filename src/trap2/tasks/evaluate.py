@@ -1,0 +1,67 @@
+"""How well a model does on rows: logits first, every score from them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trap2.tasks.data import Rows
+from trap2.tasks.model import Inputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Logits (N, C) float32 and labels (N,) of some rows, in the rows' order."""
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows whose largest logit is the label's; a NaN row counts as wrong."""
+        answered = torch.isfinite(self.logits).all(1)
+        return float(((self.logits.argmax(1) == self.labels) & answered).float().mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return float(F.cross_entropy(self.logits, self.labels))
+
+
+class Evaluator:
+    """One task's rows in front of one model, tokenised once and batched by length.
+
+    Args:
+        model: Gives `.logits`.
+        inputs: The task's tokenizer or image processor.
+        rows: What to evaluate on.
+        batch_size: Rows per forward pass.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, rows: Rows, batch_size: int = 64) -> None:
+        self.model, self.inputs = model, inputs
+        self._encoded = inputs.encode(list(rows.inputs))
+        self.labels = torch.tensor(rows.labels)
+        order = range(len(rows))
+        if inputs.task.kind == "text":
+            order = sorted(order, key=lambda i: len(self._encoded[i]))  # type: ignore[assignment]
+        self._batches = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """Evaluate the model as it is now, in evaluation mode; its mode is restored."""
+        training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        logits: Tensor | None = None
+        for batch in self._batches:
+            tensors: dict[str, Any] = self.inputs.batch([self._encoded[i] for i in batch])
+            output = self.model(**{k: v.to(device) for k, v in tensors.items()}).logits
+            if logits is None:
+                logits = torch.zeros(len(self.labels), output.shape[1])
+            logits[list(batch)] = output.float().cpu()
+        self.model.train(training)
+        assert logits is not None
+        return Evaluation(logits, self.labels)

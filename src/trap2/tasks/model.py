@@ -1,0 +1,198 @@
+"""A base model with a task's head on it: what is trained, evaluated and merged.
+
+Two heads: a classifier (trained with the task, released beside the update, as in
+`AutoModelForSequenceClassification`), or frozen class descriptions (a sentence encoder reads one
+sentence a class; logits = temperature * cosine of mean-pooled embeddings), which has no weights of
+its own. Either way the encoder is one module that merges change in place.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
+
+from trap2.checkpoint import Checkpoint
+from trap2.errors import Trap2Error, UserError
+from trap2.recipes import TaskSpec
+
+WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def base_folder(base: str) -> Path:
+    """The local folder of a base: itself, or the Hub snapshot of an id.
+
+    Raises:
+        UserError: Neither a folder nor reachable on the Hub, or without safetensors weights.
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            folder = Path(snapshot_download(base, allow_patterns=WANTED_FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"base '{base}' is no folder here and cannot be had from the Hub "
+                f"({type(error).__name__}); check the path, the id or the network"
+            ) from error
+    Checkpoint(folder)
+    return folder
+
+
+class Inputs:
+    """Turns rows into batches of tensors with the base's own tokenizer or image processor."""
+
+    def __init__(self, base: Path, task: TaskSpec) -> None:
+        self.task = task
+        auto: Any = AutoTokenizer if task.kind == "text" else AutoImageProcessor
+        what = "tokenizer" if task.kind == "text" else "image processor"
+        try:
+            self.processor = auto.from_pretrained(base)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"base {base} has no usable {what}; copy its files beside the weights"
+            ) from error
+
+    def encode(self, rows: list[Any]) -> list[Any]:
+        """Per-row form, computed once: token ids of a text; an image stays as it is."""
+        if self.task.kind == "image":
+            return rows
+        texts = self.processor(rows, truncation=True, max_length=self.task.max_length)
+        ids: list[Any] = texts["input_ids"]
+        return ids
+
+    def batch(self, encoded: list[Any]) -> dict[str, Tensor]:
+        """Tensors of one batch, padded to its longest row."""
+        if self.task.kind == "image":
+            images = [image.convert("RGB") for image in encoded]
+            return dict(self.processor(images, return_tensors="pt"))
+        return dict(self.processor.pad({"input_ids": encoded}, return_tensors="pt"))
+
+
+class DescriptionClassifier(nn.Module):
+    """A sentence encoder under a frozen head of class descriptions.
+
+    Args:
+        encoder: Gives `last_hidden_state` (N, T, D).
+        prototypes: (C, D) unit vectors, one a class.
+        temperature: Multiplies the cosine.
+    """
+
+    prototypes: Tensor
+    accepts_loss_kwargs = False  # the loss is a mean over rows, whatever the trainer counts
+
+    def __init__(self, encoder: nn.Module, prototypes: Tensor, temperature: float) -> None:
+        super().__init__()
+        self.encoder, self.temperature = encoder, temperature
+        self.register_buffer("prototypes", prototypes, persistent=False)
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Logits (N, C), and the cross-entropy when labels (N,) are given."""
+        logits = self.temperature * embed(self.encoder, inputs) @ self.prototypes.T
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def embed(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Mean-pooled unit embeddings (N, D) of a batch of sentences."""
+    hidden: Tensor = encoder(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def load_encoder(base: Path) -> nn.Module:
+    """The base encoder, float32, in evaluation mode; refuses to run with invented weights.
+
+    Raises:
+        Trap2Error: transformers would have initialised encoder weights at random.
+    """
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        model, info = AutoModel.from_pretrained(
+            base, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load base {base}: {reason}; check config.json") from error
+    finally:
+        logging.set_verbosity(verbosity)  # type: ignore[no-untyped-call]
+    invented = [name for name in info["missing_keys"] if "pooler" not in name]
+    if invented:
+        raise Trap2Error(
+            f"base {base} lacks {len(invented)} weights, such as '{sorted(invented)[0]}'; "
+            "they would be random: give a complete checkpoint"
+        )
+    return model.eval()
+
+
+def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.Module:
+    """Put a task's head on an encoder; the encoder stays the same object.
+
+    Args:
+        base: Folder of the base, for its configuration.
+        task: The task.
+        encoder: From `load_encoder`, holding the base weights (descriptions are read with them).
+        inputs: The task's tokenizer or image processor.
+    """
+    if task.descriptions is not None:
+        with torch.no_grad():
+            prototypes = embed(encoder, inputs.batch(inputs.encode(list(task.descriptions))))
+        return DescriptionClassifier(encoder, prototypes, task.temperature).eval()
+    auto: Any = (
+        AutoModelForSequenceClassification
+        if task.kind == "text"
+        else AutoModelForImageClassification
+    )
+    config = AutoConfig.from_pretrained(base, num_labels=len(task.classes))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = auto.from_config(config)
+    except ValueError as error:
+        raise UserError(
+            f"base {base} ({config.model_type}) has no {task.kind} classification head in "
+            "transformers; give task.descriptions or another base"
+        ) from error
+    if getattr(config, "pad_token_id", None) is None and task.kind == "text":
+        model.config.pad_token_id = inputs.processor.pad_token_id
+    setattr(model, model.base_model_prefix, encoder)
+    return model.eval()
+
+
+def load_head(model: nn.Module, head: dict[str, Tensor], release: Path) -> None:
+    """Give a classifier its released head; every head weight must be there.
+
+    Raises:
+        UserError: Head tensors are missing or of another shape.
+    """
+    if isinstance(model, DescriptionClassifier):
+        return
+    prefix = str(model.base_model_prefix) + "."
+    wanted = {n: p for n, p in model.state_dict().items() if not n.startswith(prefix)}
+    for name, own in wanted.items():
+        if name not in head or head[name].shape != own.shape:
+            found = tuple(head[name].shape) if name in head else "nothing"
+            raise UserError(
+                f"{release} has {found} for head tensor '{name}', {tuple(own.shape)} is needed; "
+                "check task.classes and that the release includes its head"
+            )
+    model.load_state_dict({name: head[name] for name in wanted}, strict=False)

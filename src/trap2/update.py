@@ -1,0 +1,298 @@
+"""What a release changes: the update dW = W_released - W_base, tensor by tensor.
+
+Symbols: W0 base tensor; dW update (for LoRA `scaling * B @ A`, scaling = alpha/r, or alpha/sqrt(r)
+for rsLoRA); s scale. A merge puts the update at some scale: `W0 + s * dW`.
+
+An update is opened from a PEFT adapter folder or a full checkpoint folder, together with its base.
+It knows which tensors are shared with the base (mergeable) and which are the task's own head.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from trap2.checkpoint import Checkpoint
+from trap2.errors import Unsupported, UserError
+from trap2.files import read_json
+from trap2.naming import align, is_head
+
+PEFT_PREFIX = "base_model.model."
+REFUSED = {
+    "use_dora": "DoRA: W0 + s*dW is not a scaled lora_B",
+    "use_qalora": "QALoRA",
+    "lora_bias": "a bias inside lora_B",
+    "trainable_token_indices": "trained single token rows",
+    "target_parameters": "LoRA on bare parameters",
+    "layer_replication": "replicated layers",
+    "megatron_config": "Megatron layouts",
+    "alora_invocation_tokens": "activated LoRA",
+}
+"""Adapter settings whose update this version cannot form exactly, with the reason."""
+
+MOVED_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations that move the frozen base: the adapter alone is not the update."""
+
+
+class Deltas(Protocol):
+    """Source of one release's update tensors, by base tensor name."""
+
+    shared: tuple[str, ...]
+    head: dict[str, Tensor]
+
+    def delta(self, name: str) -> Tensor:
+        """The float32 update of one base tensor."""
+
+
+class Update:
+    """What a release changes in its base.
+
+    Attributes:
+        kind: "lora" or "full".
+        shared: Names of the base tensors it may change, in a fixed order; these are merged.
+        head: Tensors of its own task head; these are never merged.
+        base: The base checkpoint.
+        folder: The release folder.
+    """
+
+    def __init__(self, folder: Path, base: Checkpoint, kind: Literal["lora", "full"]) -> None:
+        self.folder, self.base, self.kind = folder, base, kind
+        stem = "adapter_model" if kind == "lora" else "model"
+        self.weights = Checkpoint(folder, stem)
+        source: Deltas = (
+            _AdapterDeltas(self.weights, base)
+            if kind == "lora"
+            else _CheckpointDeltas(self.weights, base)
+        )
+        self._source = source
+        self.shared: tuple[str, ...] = source.shared
+        self.head: dict[str, Tensor] = source.head
+
+    @classmethod
+    def open(cls, release: Path | str, base: Path | str) -> "Update":
+        """Open a release against its base.
+
+        Args:
+            release: A PEFT adapter folder (`adapter_config.json`) or a full checkpoint folder.
+            base: Folder of the base checkpoint.
+
+        Raises:
+            UserError: Missing or broken files, another base, or a release equal to its base.
+            Unsupported: An adapter format whose update cannot be formed exactly yet.
+        """
+        folder = Path(release)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a folder of released weights")
+        kind: Literal["lora", "full"] = (
+            "lora" if (folder / "adapter_config.json").is_file() else "full"
+        )
+        checkpoint = Checkpoint(base)
+        _check_recorded_base(folder, checkpoint)
+        update = cls(folder, checkpoint, kind)
+        if not any(bool(delta.any()) for _, delta in update):
+            raise UserError(
+                f"{folder} equals its base {checkpoint.folder}: every update is zero; "
+                "give a fine-tuned release"
+            )
+        return update
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the released weight files."""
+        return self.weights.digest
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of base weights the release may change."""
+        return sum(math.prod(self.base.shape(name)) for name in self.shared)
+
+    def delta(self, name: str) -> Tensor:
+        """The update dW of one base tensor, float32, in the base's shape."""
+        return self._source.delta(name)
+
+    def scaled(self, name: str, s: float) -> Tensor:
+        """W0 + s * dW of one base tensor, float32."""
+        return self.base.tensor(name).float() + s * self.delta(name)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """All (base tensor name, dW), read one at a time."""
+        for name in self.shared:
+            yield name, self.delta(name)
+
+
+def _check_recorded_base(folder: Path, base: Checkpoint) -> None:
+    """Compare the base with what the release says of it: its digest if recorded, else its name."""
+    record = folder / "trap2.json"
+    if record.is_file():
+        expected = read_json(record).get("digests", {}).get("base")
+        if expected and expected != base.digest:
+            raise UserError(
+                f"{folder} was trained on a base with digest {expected}, but {base.folder} has "
+                f"{base.digest}; give the base it was trained on"
+            )
+        return
+    config = folder / "adapter_config.json"
+    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    own = _own_name(base.folder)
+    if named and Path(named).name.lower() not in own:
+        raise UserError(
+            f"{folder} names '{named}' as its base, but {base.folder} is {' or '.join(own)}; give "
+            "that base, or correct base_model_name_or_path in adapter_config.json if it is the same"
+        )
+
+
+def _own_name(folder: Path) -> tuple[str, ...]:
+    """The names a base goes by: its folder's and the one its config recorded, last parts."""
+    config = folder / "config.json"
+    recorded = read_json(config).get("_name_or_path", "") if config.is_file() else ""
+    names = (folder.resolve().name, Path(str(recorded)).name)
+    return tuple(dict.fromkeys(name.lower() for name in names if name))
+
+
+class _CheckpointDeltas:
+    """Update of a full checkpoint: released tensor minus base tensor."""
+
+    def __init__(self, weights: Checkpoint, base: Checkpoint) -> None:
+        self._weights, self._base = weights, base
+        mapped = align(weights.names, base.names)
+        shared = {
+            known: name
+            for name, known in mapped.items()
+            if not is_head(name) and base.tensor(known).is_floating_point()
+        }
+        if not shared:
+            raise UserError(
+                f"{weights.folder} shares no tensor with the base {base.folder}; "
+                "give the base it was trained on"
+            )
+        for known, name in shared.items():
+            if weights.shape(name) != base.shape(known):
+                raise UserError(_shapes_differ(weights, name, weights.shape(name), base, known))
+        self.shared = tuple(name for name in base.names if name in shared)
+        self.head = {name: weights.tensor(name) for name in weights.names if name not in mapped} | {
+            name: weights.tensor(name) for name in mapped if is_head(name)
+        }
+        foreign = [name for name in self.head if not is_head(name)]
+        if len(foreign) > len(shared):
+            raise UserError(
+                f"{weights.folder} is another architecture than {base.folder}: "
+                f"{len(foreign)} of its tensors are unknown there, such as '{foreign[0]}'; "
+                "give releases of one base"
+            )
+        self._names = shared
+
+    def delta(self, name: str) -> Tensor:
+        return self._weights.tensor(self._names[name]).float() - self._base.tensor(name).float()
+
+
+class _AdapterDeltas:
+    """Update of a LoRA or rsLoRA adapter: scaling * B @ A, plus whole tensors saved beside it."""
+
+    def __init__(self, weights: Checkpoint, base: Checkpoint) -> None:
+        self._weights, self._base = weights, base
+        self._config = _checked_config(weights.folder)
+        names = [name.removeprefix(PEFT_PREFIX) for name in weights.names]
+        modules = dict.fromkeys(n.rsplit(".lora_", 1)[0] for n in names if ".lora_" in n)
+        targets = [f"{module}.weight" for module in modules]
+        saved = [name for name in names if ".lora_" not in name]
+        mapped = align(targets + [n for n in saved if not is_head(n)], base.names)
+        unknown = [name for name in targets if name not in mapped]
+        if unknown:
+            raise UserError(
+                f"{weights.folder} adapts '{unknown[0]}', which the base {base.folder} does not "
+                f"have ({len(unknown)} of {len(targets)} targets); give the base it was trained on"
+            )
+        self._modules = {mapped[f"{module}.weight"]: module for module in modules}
+        self._saved = {mapped[name]: name for name in saved if name in mapped}
+        ours = {**self._modules, **self._saved}
+        self.shared = tuple(name for name in base.names if name in ours)
+        self.head = {
+            name: weights.tensor(PEFT_PREFIX + name) for name in saved if name not in mapped
+        }
+        for name in self.shared:
+            self.delta(name)
+
+    def delta(self, name: str) -> Tensor:
+        if name in self._saved:
+            new = self._weights.tensor(PEFT_PREFIX + self._saved[name]).float()
+            delta = new - self._base.tensor(name).float() if self._fits(name, new) else new
+        else:
+            delta = self._low_rank(self._modules[name])
+        if not self._fits(name, delta):
+            raise UserError(
+                _shapes_differ(self._weights, name, tuple(delta.shape), self._base, name)
+            )
+        return delta
+
+    def _fits(self, name: str, delta: Tensor) -> bool:
+        return tuple(delta.shape) == self._base.shape(name)
+
+    def _low_rank(self, module: str) -> Tensor:
+        key = PEFT_PREFIX + module
+        if f"{key}.lora_embedding_A" in self._weights:
+            a = self._weights.tensor(f"{key}.lora_embedding_A").float()
+            b = self._weights.tensor(f"{key}.lora_embedding_B").float()
+            return self._scaling(module, a.shape[0]) * (b @ a).T
+        a = self._weights.tensor(f"{key}.lora_A.weight").float()
+        b = self._weights.tensor(f"{key}.lora_B.weight").float()
+        scaling = self._scaling(module, a.shape[0])
+        if a.dim() == 2:
+            delta = scaling * (b @ a)
+            return delta.T if self._config.get("fan_in_fan_out") else delta
+        if a.dim() == 4 and b.shape[2:] == (1, 1):
+            return scaling * torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
+        raise Unsupported(
+            f"{self._weights.folder} adapts '{module}' with factors of shape {tuple(a.shape)} and "
+            f"{tuple(b.shape)}; only linear, embedding and 2-D convolution layers are exact yet"
+        )
+
+    def _scaling(self, module: str, rank: int) -> float:
+        alpha = self._config["lora_alpha"]
+        for pattern, own in (self._config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = own
+                break
+        return float(alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
+
+
+def adapter_refusals(config: Mapping[str, Any]) -> list[str]:
+    """Reasons why the update of an adapter is not exactly `scaling * B @ A`; empty when it is.
+
+    Args:
+        config: The content of an `adapter_config.json`.
+    """
+    kind = str(config.get("peft_type")).rsplit(".", 1)[-1]
+    if kind != "LORA":
+        return [f"{kind}, which is not LoRA"]
+    reasons = [reason for key, reason in REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias={config['bias']!r}, which trains the base's own biases")
+    if str(config.get("init_lora_weights", True)).lower().startswith(MOVED_BASE):
+        reasons.append(f"init_lora_weights={config['init_lora_weights']!r}, which moves the base")
+    return reasons
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json and refuse what cannot be formed exactly."""
+    config = read_json(folder / "adapter_config.json")
+    reasons = adapter_refusals(config)
+    if reasons:
+        raise Unsupported(
+            f"{folder} uses {'; '.join(reasons)}: not exact yet; merge it into a full checkpoint "
+            "with peft's merge_and_unload and give that"
+        )
+    return config
+
+
+def _shapes_differ(
+    weights: Checkpoint, name: str, shape: tuple[int, ...], base: Checkpoint, known: str
+) -> str:
+    return (
+        f"'{name}' in {weights.folder} has shape {shape}, but {base.shape(known)} in the base "
+        f"{base.folder}; give the base it was trained on"
+    )

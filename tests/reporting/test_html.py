@@ -1,0 +1,128 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+from samples import build_report
+
+from trap2.errors import UserError
+from trap2.reporting import html
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+HOSTILE = (
+    "<script>alert(1)</script>\"><img src=x onerror=alert(2)> '\u202eevil \u05e9 " + "A" * 10_000
+)
+
+
+class Page(HTMLParser):
+    """Collects tags and complains about any that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def reports():
+    report = build_report()
+    bare = build_report(control=False, partners={})
+    empty = {"frontier": [], "scale_curve": [], "attacks": [], "limits": [], "tiers": {}}
+    return [
+        report,
+        build_report(control=False),
+        build_report(name=HOSTILE, partners={HOSTILE: 0.9}),
+        bare.model_copy(update=empty),
+    ]
+
+
+@pytest.mark.parametrize("report", reports(), ids=["full", "no control", "hostile", "bare"])
+def test_page_is_whole_and_loads_nothing(report):
+    shown = html.render(report)
+    page = Page(shown)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "img", "iframe", "link", "object", "embed", "image"}
+    for _, attrs in page.tags:
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert attrs.get(name, "#").startswith("#")
+    styles = re.sub(
+        r"url\(#", "", " ".join(re.findall(r"<style.*?</style>|style=\"[^\"]*", shown, re.S))
+    )
+    assert "@import" not in styles
+    assert "url(" not in styles
+
+
+@pytest.mark.parametrize("report", reports(), ids=["full", "no control", "hostile", "bare"])
+def test_page_can_be_read_without_seeing_it(report):
+    page = Page(html.render(report))
+    assert page.all("html") == [{"lang": "en"}]
+    assert [tag for tag, _ in page.tags if re.fullmatch(r"h\d", tag)][:2] == ["h1", "h2"]
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(attrs.get("scope") in ("row", "col") for attrs in page.all("th"))
+    assert all(attrs.get("aria-label") for attrs in page.all("svg"))
+    used = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(used) == len(set(used))
+    labels = [attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs]
+    assert set(labels) <= set(used)
+
+
+def test_verdict_and_what_is_not_claimed_come_first():
+    report = build_report()
+    shown = html.render(report)
+    order = [report.verdict, "Not claimed", "Key numbers", "<svg", "Unmergeability by attacker"]
+    order += ["Raw and re-labelled", "Attacks, tuned", 'id="frontier"', ">Limits<", ">Provenance<"]
+    places = [shown.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_numbers_are_the_records():
+    report = build_report()
+    words = " ".join(" ".join(Page(html.render(report)).words).split())
+    assert "0.6 points" in words
+    for tier, result in report.tiers.items():
+        assert f"Unmergeability, {tier} {100 * result.unmergeability:.1f}%" in words
+    for attack in report.attacks:
+        assert f"{100 * attack.merged:.1f}%" in words
+    for digest in report.digests.values():
+        assert digest in words
+    assert report.created in words
+    assert "validation 300" in words
+
+
+def test_hostile_names_are_words_and_nothing_else():
+    shown = html.render(build_report(name=HOSTILE, partners={HOSTILE: 0.9}))
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert "\u202e" not in shown
+    assert "A" * 101 not in shown
+    assert "<bdi>&lt;script&gt;alert(1)&lt;/script&gt;" in shown
+    assert "…" in shown
+
+
+def test_same_record_same_page():
+    assert html.render(build_report()) == html.render(build_report())
+
+
+def test_save_writes_the_page_or_says_why_not(tmp_path):
+    html.save(build_report(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text("utf-8") == html.render(build_report())
+    with pytest.raises(UserError, match="cannot write"):
+        html.save(build_report(), tmp_path / "missing" / "report.html")
