@@ -121,9 +121,11 @@ def _audit(chosen: argparse.Namespace) -> None:
     spec = load(AuditSpec, chosen.audit, chosen.changes)
     refuse_existing(chosen.out, chosen.overwrite)
     from trap2.auditing.audit import audit
+    from trap2.progress import audit_bar
     from trap2.reporting import html, text
 
-    report = audit(spec, say=lambda line: print(f"- {line}", file=sys.stderr, flush=True))
+    with audit_bar() as progress:
+        report = audit(spec, progress)
     with new_folder(chosen.out, chosen.overwrite) as folder:
         report.save(folder / "report.json")
         html.save(report, folder / "report.html")

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from trap2.errors import UserError
 
 
@@ -80,10 +82,11 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+            f"cannot write {path}: {reason}; free space or choose another place"
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trap2.attacks.attack import TaskVector, merge
 from trap2.attacks.live import LiveModel
 from trap2.checkpoint import Checkpoint
+from trap2.progress import SILENT, Progress
 from trap2.recipes import AuditSpec, TaskSpec
 from trap2.tasks.data import load_rows
 from trap2.tasks.evaluate import Evaluation, Evaluator
@@ -88,8 +89,8 @@ class Arena:
         UserError: Any input of the audit is not acceptable.
     """
 
-    def __init__(self, spec: AuditSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: AuditSpec, progress: Progress = SILENT) -> None:
+        self.spec, self.progress = spec, progress
         base = base_folder(spec.base)
         self.base = Checkpoint(base)
         self.encoder = load_encoder(base)
@@ -120,6 +121,7 @@ class Arena:
             with self._merged(mixture):
                 self._known[key] = self.members[member].evaluators[split]()
             self.evaluations += 1
+            self.progress.tick()
         return self._known[key]
 
     def is_known(self, mixture: Mixture, member: str, split: Split) -> bool:

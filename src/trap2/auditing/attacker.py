@@ -9,7 +9,7 @@ keep, on average over partners, a stated share of what the same attack, tuned in
 reaches without the protected update. Whoever gives that up could use the release alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,6 @@ from trap2.auditing.arena import Arena, Mixture
 from trap2.errors import UserError
 from trap2.tasks.evaluate import Evaluation
 from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class Attacker:
 
     arena: Arena
     side: str
-    say: Progress = lambda text: None
     explored: dict[str, list[Mixture]] = field(default_factory=dict)
 
     @property
@@ -67,6 +64,7 @@ class Attacker:
         Yields:
             (tier, labelled rows used for re-labelling, catch).
         """
+        self.arena.progress.say(f"{name} on the {self.side}, one coefficient")
         mixtures = list(self._grid(name, self.side))
         self.explored[name] = mixtures
         for rows in (0, *self._spec.relabel_rows):
@@ -78,6 +76,7 @@ class Attacker:
         Yields:
             ("T3", labelled rows used for re-labelling, catch).
         """
+        self.arena.progress.say(f"{name} on the {self.side}, one coefficient per model")
         rows = max(self._spec.relabel_rows)
         mixtures = self.explored.setdefault(name, list(self._grid(name, self.side)))
         starts = [self._best(name, mixtures, rows).mixture, *self._starts(name)]
@@ -153,7 +152,6 @@ class Attacker:
         picked = chosen if chosen is not None else ranked[0]
         if not score:
             return Catch(name, rows, picked, chosen is not None, 0.0, 0.0, {}, {})
-        self.say(f"{name}, {self.side}, {rows or 'no'} labelled rows")
         return self._scored(name, rows, picked, chosen is not None, ranked[0])
 
     def _scored(

@@ -1,7 +1,6 @@
 """`trap2 audit`: references, scale curves, the tuned attacker on both sides, verdict, record."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from trap2.auditing.attacker import Attacker, Catch, chance
 from trap2.auditing.verdict import LIMITS, retained_skill, sentence, tier_results
 from trap2.errors import UserError
 from trap2.files import read_json
+from trap2.progress import SILENT, Progress
 from trap2.provenance import machine, now, versions
 from trap2.recipes import AuditSpec
 from trap2.schema import (
@@ -27,12 +27,12 @@ from trap2.tasks.relabel import relabelled_accuracy
 Key = tuple[str, str, int]
 
 
-def audit(spec: AuditSpec, say: Callable[[str], None] = lambda text: None) -> Report:
+def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     """Audit one release.
 
     Args:
         spec: The release, its base, control and partners, and what the attacker may spend.
-        say: Told, in a few words, what is being done.
+        progress: Told what is being done.
 
     Returns:
         The record; nothing is written.
@@ -41,13 +41,13 @@ def audit(spec: AuditSpec, say: Callable[[str], None] = lambda text: None) -> Re
         UserError: An input is not acceptable.
     """
     started = time.monotonic()
-    say("reading releases and rows")
-    arena = Arena(spec)
+    progress.say("reading releases and rows")
+    arena = Arena(spec, progress)
     _check_rows(arena)
-    say("references and scale curves")
+    progress.say("references and scale curves")
     references = _references(arena)
     curves = {side: _curve(arena, side) for side in arena.sides}
-    attackers = {side: Attacker(arena, side, say) for side in arena.sides}
+    attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
     attacks = [_result(arena, key, catches, references) for key in catches[RELEASE]]
     tiers = tier_results(attacks, CONTROL in arena.sides)

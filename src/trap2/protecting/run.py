@@ -13,11 +13,12 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from trap2.errors import UserError
 from trap2.files import new_folder, read_json, refuse_existing, write_json
@@ -92,11 +93,17 @@ def protect(
         trap2=config,
     )
     best = BestCandidate(trainer, validation, base_leak, recipe.training.evaluate_every, work)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
     if not quiet:
         trainer.add_callback(ProgressBar(trainer, f"{recipe.task.name} {_kind(config)}"))
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work) if resume else None)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write checkpoints in {work}: {error}; free space, then go on with --resume"
+        ) from error
     best.restore()
     with new_folder(out, overwrite) as folder:
         write_release(

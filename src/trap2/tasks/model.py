@@ -124,17 +124,18 @@ def load_encoder(base: Path) -> nn.Module:
         Trap2Error: transformers would have initialised encoder weights at random.
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    verbosity = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        model, info = AutoModel.from_pretrained(
+        loaded: tuple[nn.Module, dict[str, Any]] = AutoModel.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load base {base}: {reason}; check config.json") from error
     finally:
-        logging.set_verbosity(verbosity)  # type: ignore[no-untyped-call]
+        logging.set_verbosity(verbosity)
+    model, info = loaded
     invented = [name for name in info["missing_keys"] if "pooler" not in name]
     if invented:
         raise Trap2Error(
@@ -163,18 +164,18 @@ def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.
         else AutoModelForImageClassification
     )
     config = AutoConfig.from_pretrained(base, num_labels=len(task.classes))
+    if task.kind == "text" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = inputs.processor.pad_token_id
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = auto.from_config(config)
+            model: nn.Module = auto.from_config(config)
     except ValueError as error:
         raise UserError(
             f"base {base} ({config.model_type}) has no {task.kind} classification head in "
             "transformers; give task.descriptions or another base"
         ) from error
-    if getattr(config, "pad_token_id", None) is None and task.kind == "text":
-        model.config.pad_token_id = inputs.processor.pad_token_id
-    setattr(model, model.base_model_prefix, encoder)
+    setattr(model, str(model.base_model_prefix), encoder)
     return model.eval()
 
 
