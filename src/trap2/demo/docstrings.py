@@ -110,7 +110,8 @@ _SECTIONS = {
     "References": "references",
 }
 _SKIPPED = {"test", "tests", "testing", "_vendor", "vendor", "_external", "externals", "_lib"}
-_WORDS = range(5, 21)
+_WORDS = range(6, 21)
+_BIG_MODULE = 25  # sentences
 _CITATION_WORDS = 12  # enough to know a citation by; whole ones would double the sequence length
 
 _HEADING = re.compile(r"^([A-Z][\w ]+)\n-{3,}[ ]*$", re.MULTILINE)
@@ -263,6 +264,8 @@ def draw_splits(
         pools[module][label].append(text)
     modules = sorted(pools)
     rng.shuffle(modules)
+    # Tests are made of many small modules; one big one would be a test of a single subject.
+    modules.sort(key=lambda module: sum(map(len, pools[module].values())) > _BIG_MODULE)
     splits: dict[str, list[tuple[str, int]]] = {}
     for split in ("test", "validation", "train"):
         size = getattr(sizes, split) // len(task.classes)

@@ -1,0 +1,312 @@
+"""Four real text tasks, each protected in turn with the other three as partners.
+
+    TRAP2_DATA=/path/to/data python benchmarks/first_bench.py
+
+Fine-tunes MiniLM on `trec6`, `agnews`, `sst2`, `subj`, plainly (the control, and the partner of the
+others) and with each setting of the trap, audits every protected release, measures the cost of a
+step, and writes `results/first_bench.json` and `.md`. Finished audits in the JSON are kept, so a
+run can be cut short and gone on with; `--tasks`, `--settings`, `--methods` and `--seeds` choose.
+Slow on purpose: about an hour per method, setting and seed on two cores.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trap2.auditing.audit import audit
+from trap2.demo.run import encoder_folder
+from trap2.errors import UserError
+from trap2.files import read_json, write_json, write_text
+from trap2.progress import audit_bar
+from trap2.protecting.config import Trap2Config
+from trap2.protecting.protector import Protector
+from trap2.protecting.run import EncodedRows, protect, trainable
+from trap2.provenance import machine, versions
+from trap2.recipes import AuditSpec, Recipe, load
+from trap2.schema import Report
+from trap2.tasks.data import load_rows
+from trap2.tasks.model import Inputs, base_folder, build, load_encoder
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+TASKS: dict[str, dict[str, str]] = {
+    "trec6": {
+        "description": "a question asking for a description, a definition or a reason",
+        "entity": "a question asking about a thing, an animal, a product or a word",
+        "abbreviation": "a question asking what an abbreviation stands for",
+        "human": "a question asking who, about a person or a group of people",
+        "location": "a question asking where, about a place, a city or a country",
+        "number": "a question asking how many, when, or about a number or a date",
+    },
+    "agnews": {
+        "business": "news about business and the economy",
+        "science and technology": "news about science and technology",
+        "sports": "news about sports",
+        "world": "news about world politics and conflicts",
+    },
+    "sst2": {
+        "negative": "a negative film review, a bad movie",
+        "positive": "a positive film review, a good movie",
+    },
+    "subj": {
+        "subjective": "a subjective opinion of a film reviewer",
+        "objective": "an objective sentence describing the plot of a film",
+    },
+}
+
+DEFAULT = Trap2Config()
+PAPER = Trap2Config.paper()
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "strength": PAPER.strength,
+        "loss": PAPER.loss,
+        "readout_weight": PAPER.readout_weight,
+        "low": PAPER.low,
+        "high": PAPER.high,
+        "near": PAPER.near,
+        "warmup_steps": 0,
+        "ramp_steps": 0,
+        "weighting": PAPER.weighting,
+    },
+    "hinge": {"loss": "hinge", "readout_weight": 0.0},
+    "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},
+    "decoy": {"loss": "decoy", "readout_weight": 0.0},
+    "readout": {"loss": "readout", "readout_weight": 0.0},
+    "unlikelihood+readout": {"loss": "unlikelihood"},
+}
+
+STEPS = 600
+LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
+ATTACKER: dict[str, Any] = {
+    "attacks": ["task_arithmetic", "ties", "dare_ties"],
+    "coefficients": [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25],
+    "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
+    "validation_rows": 300,
+    "test_rows": 500,
+}
+
+
+def main() -> None:
+    """Run what is missing, then write the results from what is there."""
+    chosen = _arguments()
+    data = Path(os.environ.get("TRAP2_DATA", "")) / "text"
+    if not (data / "trec6").is_dir():
+        sys.exit(f"TRAP2_DATA: no folder {data / 'trec6'}; set it to the folder that holds text/")
+    out = RESULTS / f"{chosen.name}.json"
+    runs: dict[str, Any] = read_json(out)["runs"] if out.is_file() else {}
+    cost = read_json(out).get("step_cost", {}) if out.is_file() else {}
+    for method in chosen.methods:
+        if method not in cost:
+            cost[method] = step_cost(data, method, chosen.work)
+        for seed in chosen.seeds:
+            for setting in chosen.settings:
+                for task in chosen.tasks:
+                    key = f"{method}/{setting}/{task}/{seed}"
+                    if key not in runs:
+                        runs[key] = _summary(_run(chosen.work, data, method, setting, task, seed))
+                    write_results(out, runs, cost)
+    write_results(out, runs, cost)
+
+
+def _arguments() -> argparse.Namespace:
+    top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    top.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    top.add_argument("--settings", nargs="+", default=["default"], choices=list(SETTINGS))
+    top.add_argument("--methods", nargs="+", default=["lora"], choices=["lora", "full"])
+    top.add_argument("--seeds", nargs="+", type=int, default=[0])
+    top.add_argument("--work", type=Path, default=Path("build/bench"))
+    top.add_argument("--name", default="first_bench", help="name of the results file")
+    return top.parse_args()
+
+
+def _task(data: Path, name: str) -> dict[str, Any]:
+    folder = data / name
+    files = {"train": str(folder / "train.csv"), "test": str(folder / "test.csv")}
+    return {
+        "name": name,
+        "data": files,
+        "classes": list(TASKS[name]),
+        "descriptions": list(TASKS[name].values()),
+        "max_length": 48,
+        "limit": {"validation": 300},
+    }
+
+
+def _recipe(
+    work: Path, data: Path, method: str, setting: str, task: str, seed: int
+) -> tuple[Recipe, Path]:
+    name = f"{method}-{setting}-{task}-{seed}"
+    path = work / "recipes" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "base": str(encoder_folder()),
+        "task": _task(data, task),
+        "method": method,
+        "training": {"steps": STEPS, "learning_rate": LEARNING_RATE[method]},
+        "trap2": {"strength": 0} if setting == "control" else SETTINGS[setting],
+        "seed": seed,
+    }
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
+    return load(Recipe, path), work / "releases" / name
+
+
+def _release(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Path:
+    recipe, out = _recipe(work, data, method, setting, task, seed)
+    if not (out / "trap2.json").is_file():
+        protect(recipe, out, overwrite=True)
+    return out
+
+
+def _run(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Report:
+    others = [name for name in TASKS if name != task]
+    release = _release(work, data, method, setting, task, seed)
+    controls = {n: _release(work, data, method, "control", n, seed) for n in TASKS}
+    content = {
+        "base": str(encoder_folder()),
+        "release": {"path": str(release.absolute()), "task": _task(data, task)},
+        "control": str(controls[task].absolute()),
+        "partners": [
+            {"path": str(controls[name].absolute()), "task": _task(data, name)} for name in others
+        ],
+        "attacker": ATTACKER,
+        "seed": seed,
+    }
+    path = work / "audits" / f"{release.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
+    with audit_bar() as progress:
+        report = audit(load(AuditSpec, path), progress)
+    report.save(path.with_suffix(".json"))
+    return report
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    """What the table and the figures need of one audit."""
+    record = report.model_dump(mode="json")
+    kept = ("references", "utility_cost", "scale_curve", "tiers", "rows", "versions", "seconds")
+    attacks = ("name", "tier", "relabel_rows", "params", "merged", "retained", "admissible")
+    attacks += ("control_merged", "control_retained", "partners")
+    return {key: record[key] for key in kept} | {
+        "attacks": [{key: entry[key] for key in attacks} for entry in record["attacks"]]
+    }
+
+
+def step_cost(data: Path, method: str, work: Path, repeats: int = 15) -> dict[str, Any]:
+    """Seconds of a plain and of a protected step on the same batches, alternating, medians."""
+    recipe, _ = _recipe(work, data, method, "default", "trec6", 0)
+    base = base_folder(recipe.base)
+    inputs = Inputs(base, recipe.task)
+    torch.manual_seed(0)
+    model = trainable(build(base, recipe.task, load_encoder(base), inputs), recipe).train()
+    rows = EncodedRows(inputs, load_rows(recipe.task, "train"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    started = Trap2Config(warmup_steps=0, ramp_steps=0)
+    protectors = {
+        "plain": Protector(model, Trap2Config(strength=0)),
+        "protected": Protector(model, started),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in protectors}
+    for repeat in range(repeats + 2):
+        batch = rows.collate([rows[32 * repeat + i] for i in range(32)])
+        for name, protector in protectors.items():
+            start = time.perf_counter()
+            protector.backward(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            if repeat >= 2:  # the first ones warm up caches
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [b / a for a, b in zip(seconds["plain"], seconds["protected"], strict=True)]
+    return {**medians, "ratio": statistics.median(ratios), "repeats": repeats, "batch": 32}
+
+
+def _kept(run: dict[str, Any], tier: str, rows: int, control: bool = False) -> float:
+    """Largest retained skill of a tier among attacks with so many labelled rows."""
+    key = "control_retained" if control else "retained"
+    return max(a[key] for a in run["attacks"] if a["tier"] == tier and a["relabel_rows"] == rows)
+
+
+def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
+    """The named numbers: LoRA, default setting, averaged over seeds before the worst is taken."""
+    mine: dict[str, list[dict[str, Any]]] = {}
+    for key, run in runs.items():
+        method, setting, task, _ = key.split("/")
+        if (method, setting) == ("lora", "default"):
+            mine.setdefault(task, []).append(run)
+    if not mine:
+        return {}
+
+    def per_task(value: Any) -> list[float]:
+        return [statistics.mean(value(run) for run in group) for group in mine.values()]
+
+    def third_best(values: list[float]) -> float:
+        return sorted(values, reverse=True)[min(2, len(values) - 1)]
+
+    t1 = per_task(lambda run: 1 - _kept(run, "T1", 0))
+    t2 = per_task(lambda run: 1 - _kept(run, "T2", 300))
+    return {
+        "tasks": len(mine),
+        "utility_cost_max": max(per_task(lambda run: run["utility_cost"])),
+        "t1_unmergeability_third_best": third_best(t1),
+        "t1_control_unmergeability_max": max(per_task(lambda r: 1 - _kept(r, "T1", 0, True))),
+        "t2_unmergeability_third_best": third_best(t2),
+        "t2_control_unmergeability_max": max(per_task(lambda r: 1 - _kept(r, "T2", 300, True))),
+        "t3_unmergeability_mean": statistics.mean(
+            per_task(lambda run: run["tiers"]["T3"]["unmergeability"])
+        ),
+        "step_cost_ratio": cost["lora"]["ratio"],
+    }
+
+
+def table(runs: dict[str, Any]) -> str:
+    """Markdown, one line a run."""
+    head = "| method | setting | task | seed | base | control | standalone | utility cost |"
+    head += " U(T1) | U(T2, 30) | U(T2, 300) | U(T3) | control U: T1 | T2, 300 | T3 |\n"
+    lines = [head + "|---" * 15 + "|"]
+    for key, run in sorted(runs.items()):
+        refs, tiers = run["references"], run["tiers"]
+        numbers = [refs["base"], refs["control"], refs["standalone"], run["utility_cost"]]
+        numbers += [1 - _kept(run, "T1", 0), 1 - _kept(run, "T2", 30), 1 - _kept(run, "T2", 300)]
+        numbers += [tiers["T3"]["unmergeability"], 1 - _kept(run, "T1", 0, True)]
+        numbers += [1 - _kept(run, "T2", 300, True), tiers["T3"]["control_unmergeability"]]
+        cells = [*key.split("/"), *(f"{100 * n:.1f}" for n in numbers)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(out: Path, runs: dict[str, Any], cost: dict[str, Any]) -> None:
+    """The JSON and its table, whole or absent."""
+    seeds = sorted({int(key.split("/")[3]) for key in runs})
+    record = {
+        "figures": figures(runs, cost) if "lora" in cost else {},
+        "command": "TRAP2_DATA=... python benchmarks/first_bench.py",
+        "machine": machine(),
+        "versions": versions(),
+        "seeds": seeds,
+        "steps": STEPS,
+        "setting": json.loads(json.dumps(DEFAULT.__dict__)),
+        "attacker": ATTACKER,
+        "step_cost": cost,
+        "runs": runs,
+    }
+    out.parent.mkdir(exist_ok=True)
+    write_json(out, record)
+    note = "All in per cent; U is unmergeability, 100 = nothing of the skill is kept. "
+    note += f"`{record['command']}`, {len(runs)} runs.\n\n"
+    write_text(out.with_suffix(".md"), note + table(runs))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
