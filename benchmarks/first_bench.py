@@ -72,7 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "readout_weight": PAPER.readout_weight,
         "low": PAPER.low,
         "high": PAPER.high,
-        "near": PAPER.near,
+        "focus": PAPER.focus,
         "warmup_steps": 0,
         "ramp_steps": 0,
         "weighting": PAPER.weighting,

@@ -1,7 +1,10 @@
 """A folder of safetensors weights, read tensor by tensor; nothing else is opened as weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,19 +33,21 @@ class Checkpoint:
         self._files = self._locate(stem)
 
     def _locate(self, stem: str) -> dict[str, Path]:
-        index = self.folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            weight_map: dict[str, str] = read_json(index).get("weight_map", {})
-            return {name: self._inside(file) for name, file in sorted(weight_map.items())}
         single = self.folder / f"{stem}.safetensors"
-        if not single.is_file():
+        if single.is_file():  # a stale index beside it is ignored, as transformers does
+            with self._open(single) as tensors:
+                return dict.fromkeys(sorted(tensors.keys()), single)
+        index = self.folder / f"{stem}.safetensors.index.json"
+        if not index.is_file():
             raise UserError(self._why_none(stem))
-        with self._open(single) as tensors:
-            return dict.fromkeys(sorted(tensors.keys()), single)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} lists no weights; download it again")
+        return {name: self._inside(file) for name, file in sorted(weight_map.items())}
 
-    def _inside(self, file: str) -> Path:
-        path = self.folder / file
-        if Path(file).name != file or not path.is_file():
+    def _inside(self, file: object) -> Path:
+        path = self.folder / str(file)
+        if Path(str(file)).name != file or not path.is_file():
             raise UserError(
                 f"{self.folder} lists a weight file '{file}' that is not there; download it again"
             )
@@ -65,6 +70,20 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {path}: {error}; download it again") from error
 
+    @contextmanager
+    def _holding(self, name: str) -> Iterator[Any]:
+        """The open file that holds a tensor."""
+        if name not in self._files:
+            raise UserError(f"{self.folder} lacks tensor '{name}'; download it again")
+        path = self._files[name]
+        try:
+            with self._open(path) as tensors:
+                yield tensors
+        except SafetensorError as error:
+            raise UserError(
+                f"cannot read '{name}' in {path}: {error}; download it again"
+            ) from error
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
@@ -75,16 +94,16 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
-        with self._open(self._files[name]) as tensors:
+        with self._holding(name) as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as it is stored.
 
         Raises:
-            UserError: A floating-point tensor holds NaN or infinity.
+            UserError: It is not there, or a floating-point tensor holds NaN or infinity.
         """
-        with self._open(self._files[name]) as tensors:
+        with self._holding(name) as tensors:
             value: torch.Tensor = tensors.get_tensor(name)
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(

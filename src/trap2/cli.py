@@ -10,9 +10,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trap2 import __version__
 from trap2.errors import Trap2Error, UserError
+
+SCALES = "0,.2,.4,.6,.8,1,1.2,1.5,2"
+CHANGES: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "a.b=c",
+    "dest": "changes",
+    "help": "change a setting of the file; may be given several times",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     protect = commands.add_parser("protect", help="fine-tune by a recipe and write a release")
     protect.add_argument("recipe", type=Path, help="YAML file")
     protect.add_argument("--out", type=Path, required=True, help="release folder to make")
-    protect.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="changes")
+    protect.add_argument("--set", **CHANGES)
     protect.add_argument("--overwrite", action="store_true", help="replace what is there")
     protect.add_argument("--resume", action="store_true", help="continue an interrupted run")
     protect.set_defaults(run=_protect)
@@ -35,20 +45,22 @@ def parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="accuracy and loss of a release against its scale")
     sweep.add_argument("release", type=Path, help="release folder")
     sweep.add_argument("--recipe", type=Path, required=True, help="YAML with its base and task")
-    sweep.add_argument("--scales", type=_numbers, default=_numbers("0,.2,.4,.6,.8,1,1.2,1.5,2"))
-    sweep.add_argument("--split", choices=["validation", "test"], default="test")
-    sweep.add_argument("--rows", type=int, default=500)
+    sweep.add_argument("--scales", type=_numbers, default=SCALES, help=f"default {SCALES}")
+    sweep.add_argument(
+        "--split", choices=["validation", "test"], default="test", help="default test"
+    )
+    sweep.add_argument("--rows", type=int, default=500, help="how many at most, default 500")
     sweep.set_defaults(run=_sweep)
 
     audit = commands.add_parser("audit", help="attack a release and its control, write a report")
     audit.add_argument("audit", type=Path, help="YAML file")
     audit.add_argument("--out", type=Path, required=True, help="folder for the report")
-    audit.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="changes")
+    audit.add_argument("--set", **CHANGES)
     audit.add_argument("--overwrite", action="store_true", help="replace what is there")
     audit.set_defaults(run=_audit)
 
     listing = commands.add_parser("list", help="list what is built in")
-    listing.add_argument("what", choices=["attacks", "losses"])
+    listing.add_argument("what", choices=["attacks", "losses"], help="which of them")
     listing.set_defaults(run=_list)
 
     demo = commands.add_parser("demo", help="protect, attack and audit a real encoder on real text")
@@ -75,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Trap2Error as error:
         print(f"trap2: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        missing = f"'{error.name}', which is not installed; pip install 'trap2[run]'"
+        print(f"trap2: error: {chosen.command} needs {missing}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("trap2: interrupted; what was finished is kept", file=sys.stderr)
         return 130
@@ -82,7 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        wanted = f"'{text}' is no list of numbers; write for example 0,0.5,1"
+        raise argparse.ArgumentTypeError(wanted) from error
 
 
 def _protect(chosen: argparse.Namespace) -> None:

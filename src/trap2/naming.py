@@ -6,7 +6,17 @@ a task head. Everything that compares or merges checkpoints asks this file.
 
 from collections.abc import Iterable
 
-HEAD_MODULES = ("classifier", "score", "classification_head", "qa_outputs", "cls_head")
+HEAD_MODULES = (
+    "classifier",
+    "pre_classifier",
+    "score",
+    "head",
+    "classification_head",
+    "sequence_summary",
+    "logits_proj",
+    "qa_outputs",
+    "cls_head",
+)
 """First module names of task heads: trained per task, released beside the update, never merged."""
 
 

@@ -78,7 +78,7 @@ class LoraSpec(Settings):
     """Shape of the adapter."""
 
     r: int = Field(16, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
     rslora: bool = False
@@ -87,7 +87,7 @@ class LoraSpec(Settings):
 class TrainingSpec(Settings):
     """The fine-tuning itself; the same for a release and for its control."""
 
-    steps: int = Field(450, ge=1)
+    steps: int = Field(600, ge=1)
     batch_size: int = Field(32, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -176,7 +176,7 @@ def load(kind: type[SpecT], path: Path, changes: list[str] | None = None) -> Spe
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}; mend that line") from error
     if not isinstance(content, dict):
@@ -195,15 +195,30 @@ def _override(content: dict[str, Any], change: str) -> None:
         raise UserError(
             f"--set {change} is not of the form a.b=c; write for example training.steps=300"
         )
+    try:
+        new = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--set {change}: the value is not valid YAML; quote it") from error
     *parents, last = key.split(".")
     place: Any = content
     for parent in parents:
-        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
+        if isinstance(place, dict):
+            place = place.setdefault(parent, {})
+        else:
+            place = place[int(parent)] if _is_index(place, parent) else None
+    if isinstance(place, dict):
+        place[last] = new
+    elif _is_index(place, last):
+        place[int(last)] = new
+    else:
         raise UserError(
-            f"--set {change}: '{'.'.join(parents)}' is not a group of settings; check the key"
+            f"--set {change}: '{'.'.join(parents)}' is not a group of settings, or a list so long; "
+            "check the key"
         )
-    place[last] = yaml.safe_load(value)
+
+
+def _is_index(place: Any, part: str) -> bool:
+    return isinstance(place, list) and part.isdecimal() and int(part) < len(place)
 
 
 PATH_KEYS = ("train", "validation", "test", "imagefolder", "path", "control")
@@ -244,7 +259,7 @@ def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]
         if isinstance(part, int):
             continue
         annotation = kind.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
+        options = get_args(annotation) or (annotation,)
         models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if not models:
             return []
@@ -269,6 +284,9 @@ def config_from(settings: dict[str, Any], config_class: type[Any]) -> Any:
         wanted = fields[key]
         try:
             values[key] = wanted(value) if callable(wanted) else value
-        except ValueError as error:
-            raise UserError(f"trap2.{key}={value!r} is not a {wanted}; correct it") from error
+            if isinstance(value, float) and wanted is not float and values[key] != value:
+                raise ValueError(value)
+        except (ValueError, OverflowError) as error:
+            name = getattr(wanted, "__name__", wanted)
+            raise UserError(f"trap2.{key}={value!r} is no {name}; correct it") from error
     return config_class(**values)

@@ -1,10 +1,12 @@
 """The scale law: which scales the trap is trained at, and how much each one weighs.
 
 Symbols: s scale; w(s) weight of a scale; [low, high] range; band half-width of the excluded
-interval around s = 1, where the release is meant to work.
+interval around s = 1, where the release is meant to work. A tuned merge looks for the rim of that
+interval, so a share `focus` of the draws comes from within `near` of 1.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -18,12 +20,14 @@ which `inverse` cancels (arXiv 2601.21898; `inverse_sqrt` is its setting for lan
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleLaw:
-    """s ~ Uniform([low, 1 - band] u [1 + band, high]), weighted by w(s).
+    """s ~ Uniform([low, 1 - band] u [1 + band, high]), a share of it near 1, weighted by w(s).
 
     Args:
         low: Smallest scale, > 0.
         high: Largest scale.
         band: Half-width of the interval around 1 that is never drawn.
+        near: Half-width of the neighbourhood of 1 that is drawn from more often.
+        focus: Share of the draws that come from that neighbourhood alone; 0 is the uniform law.
         weighting: A key of `WEIGHTINGS`.
 
     Raises:
@@ -33,13 +37,20 @@ class ScaleLaw:
     low: float = field(default=0.2, metadata={"help": "smallest scale the trap is trained at"})
     high: float = field(default=1.6, metadata={"help": "largest scale the trap is trained at"})
     band: float = field(default=0.05, metadata={"help": "half-width around 1 never drawn"})
+    near: float = field(default=0.28, metadata={"help": "neighbourhood of 1 drawn from more often"})
+    focus: float = field(default=0.0, metadata={"help": "share of draws from it alone"})
     weighting: str = field(default="inverse", metadata={"help": "inverse|inverse_sqrt|uniform"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < 1 - self.band < 1 < 1 + self.band <= self.high:
+        if not 0 < self.low < 1 - self.band < 1 < 1 + self.band <= self.high < math.inf:
             raise UserError(
                 f"scale range low={self.low}, band={self.band}, high={self.high} is empty; "
-                "it needs 0 < low < 1 - band and 1 + band <= high with band > 0"
+                "it needs 0 < low < 1 - band and 1 + band <= high (finite) with band > 0"
+            )
+        if not (0 <= self.focus <= 1 and (self.focus == 0 or self.near > self.band)):
+            raise UserError(
+                f"focus={self.focus}, near={self.near}: no such neighbourhood of 1; it needs "
+                f"0 <= focus <= 1 and near > band ({self.band})"
             )
         if self.weighting not in WEIGHTINGS:
             raise UserError(
@@ -59,10 +70,21 @@ class ScaleLaw:
         """
         key = hashlib.sha256(f"trap2 scale {seed} {step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        below, above = 1 - self.band - self.low, self.high - 1 - self.band
         places = torch.rand(count, generator=generator, dtype=torch.float64)
-        places = (places + torch.arange(count)) / count * (below + above)
-        return [self.low + u if u < below else 1 + self.band + (u - below) for u in places.tolist()]
+        places = (places + torch.arange(count)) / count
+        return [self._at(place) for place in places.tolist()]
+
+    def _at(self, place: float) -> float:
+        """The scale at a place in [0, 1) of the law's cumulative distribution."""
+        low, high = self.low, self.high
+        if place < self.focus:
+            low, high = max(low, 1 - self.near), min(high, 1 + self.near)
+            place /= self.focus
+        else:
+            place = (place - self.focus) / (1 - self.focus)
+        below, above = 1 - self.band - low, high - 1 - self.band
+        u = place * (below + above)
+        return low + u if u < below else 1 + self.band + (u - below)
 
     def weight(self, scale: float) -> float:
         """The weight w(s) of a scale."""

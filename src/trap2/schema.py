@@ -53,14 +53,19 @@ class RelabelledReferences(Record):
     base: Fraction
     standalone: Fraction
     control: Fraction | None
+    control_base: Fraction | None = None
 
 
 class References(Record):
-    """What the attacks are measured against, on test rows."""
+    """What the attacks are measured against, on test rows.
+
+    `control_base` is the base model with the control's own head, from which its skill is counted.
+    """
 
     base: Fraction
     standalone: Fraction
     control: Fraction | None
+    control_base: Fraction | None = None
     chance: Fraction
     relabelled: list[RelabelledReferences]
     partners: dict[str, Fraction]
@@ -85,7 +90,8 @@ class AttackResult(Record):
     """One attack, tuned on validation rows, scored once on test rows.
 
     `params` holds the coefficients the attacker chose; `admissible` says whether the partners kept
-    the required share; `unconstrained` is the best merged accuracy when partners do not matter.
+    the required share; `unconstrained_retained` is of the best mixture when partners do not matter.
+    `evaluations` counts the model runs spent on it so far; runs made before are not made again.
     """
 
     name: str

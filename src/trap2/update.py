@@ -32,10 +32,14 @@ REFUSED = {
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron layouts",
     "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "block-diagonal LoRA",
 }
 """Adapter settings whose update this version cannot form exactly, with the reason."""
 
-MOVED_BASE = ("pissa", "olora", "corda", "loftq")
+MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that move the frozen base: the adapter alone is not the update."""
 
 
@@ -147,10 +151,11 @@ def _check_recorded_base(folder: Path, base: Checkpoint) -> None:
 
 
 def _own_name(folder: Path) -> tuple[str, ...]:
-    """The names a base goes by: its folder's and the one its config recorded, last parts."""
+    """The names a base goes by: its folder's, its Hub cache's and its config's, last parts."""
     config = folder / "config.json"
     recorded = read_json(config).get("_name_or_path", "") if config.is_file() else ""
-    names = (folder.resolve().name, Path(str(recorded)).name)
+    cached = [p.name.split("--")[-1] for p in folder.parents if p.name.startswith("models--")]
+    names = (folder.resolve().name, *cached, Path(str(recorded)).name)
     return tuple(dict.fromkeys(name.lower() for name in names if name))
 
 
@@ -184,7 +189,22 @@ class _CheckpointDeltas:
                 f"{len(foreign)} of its tensors are unknown there, such as '{foreign[0]}'; "
                 "give releases of one base"
             )
+        self._refuse_another_depth(shared)
         self._names = shared
+
+    def _refuse_another_depth(self, shared: dict[str, str]) -> None:
+        """A stack of layers that is only partly shared belongs to a deeper or shallower model."""
+        for ours, known, folder in (
+            ({*shared}, self._base.names, self._base.folder),
+            ({*shared.values()}, self._weights.names, self._weights.folder),
+        ):
+            stacks = {_unnumbered(name) for name in ours}
+            alone = [n for n in known if n not in ours and _unnumbered(n) in stacks]
+            if alone:
+                raise UserError(
+                    f"{self._weights.folder} has another depth than {self._base.folder}: only "
+                    f"{folder} has '{alone[0]}'; give releases of one base"
+                )
 
     def delta(self, name: str) -> Tensor:
         return self._weights.tensor(self._names[name]).float() - self._base.tensor(name).float()
@@ -244,11 +264,12 @@ class _AdapterDeltas:
         if a.dim() == 2:
             delta = scaling * (b @ a)
             return delta.T if self._config.get("fan_in_fan_out") else delta
-        if a.dim() == 4 and b.shape[2:] == (1, 1):
+        if a.dim() == 4 and tuple(b.shape[1:]) == (a.shape[0], 1, 1):
             return scaling * torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
         raise Unsupported(
             f"{self._weights.folder} adapts '{module}' with factors of shape {tuple(a.shape)} and "
-            f"{tuple(b.shape)}; only linear, embedding and 2-D convolution layers are exact yet"
+            f"{tuple(b.shape)}; only linear, embedding and ungrouped 2-D convolution layers are "
+            "exact yet"
         )
 
     def _scaling(self, module: str, rank: int) -> float:
@@ -286,7 +307,13 @@ def _checked_config(folder: Path) -> dict[str, Any]:
             f"{folder} uses {'; '.join(reasons)}: not exact yet; merge it into a full checkpoint "
             "with peft's merge_and_unload and give that"
         )
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(f"{folder}/adapter_config.json has no lora_alpha; download it again")
     return config
+
+
+def _unnumbered(name: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
 def _shapes_differ(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trap2.attacks.attack import TaskVector, merge
 from trap2.attacks.live import LiveModel
 from trap2.checkpoint import Checkpoint
+from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
 from trap2.recipes import AuditSpec, TaskSpec
 from trap2.tasks.data import load_rows
@@ -24,6 +25,9 @@ from trap2.update import Update
 
 RELEASE, CONTROL = "release", "control"
 """Names of the two sides; partners go by the names of their tasks."""
+
+TAKEN = ("base", RELEASE, CONTROL)
+"""What a partner's task cannot be called, for the record keeps all of them by name."""
 
 HELD_PARAMETERS = 250_000_000
 """Updates up to this size (1 GB in float32) are kept in memory; larger ones are read each time."""
@@ -91,6 +95,13 @@ class Arena:
 
     def __init__(self, spec: AuditSpec, progress: Progress = SILENT) -> None:
         self.spec, self.progress = spec, progress
+        self.partners = tuple(partner.task.name for partner in spec.partners)
+        for name in self.partners:
+            if name in TAKEN:
+                raise UserError(
+                    f"a partner's task is called '{name}', which the report keeps for the audited "
+                    f"{name}; rename the task"
+                )
         base = base_folder(spec.base)
         self.base = Checkpoint(base)
         self.encoder = load_encoder(base)
@@ -108,7 +119,6 @@ class Arena:
             self.members[CONTROL] = member(spec.control, spec.release.task)
         for partner in spec.partners:
             self.members[partner.task.name] = member(partner.path, partner.task)
-        self.partners = tuple(partner.task.name for partner in spec.partners)
         self.sides = tuple(name for name in (RELEASE, CONTROL) if name in self.members)
         self.evaluations = 0
         self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}

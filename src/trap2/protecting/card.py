@@ -47,7 +47,7 @@ def model_card(record: dict[str, Any]) -> str:
 
 # {name}: {what}
 
-A {recipe["method"]} fine-tune of `{_plain(recipe["base"])}` for the task "{name}" \
+A {recipe["method"]} fine-tune of {_plain(recipe["base"])} for the task "{name}" \
 ({len(recipe["task"]["classes"])} classes), seed {record["seed"]}, \
 {recipe["training"]["steps"]} steps, checkpoint of step {chosen["step"]}.
 Validation accuracy as released: {100 * chosen["utility"]:.1f} % \

@@ -1,5 +1,6 @@
 """Everything that can be set about the trap; the defaults are the ones the bench chose."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,24 +24,26 @@ class Trap2Config:
         UserError: A value is outside its range, or a name is unknown.
     """
 
-    strength: float = _setting(0.3, "weight of the trap (lambda in the paper); 0 is a plain run")
+    strength: float = _setting(0.4, "weight of the trap (lambda in the paper); 0 is a plain run")
     loss: str = _setting("decoy", "trap loss: see `trap2 list losses`")
     readout_weight: float = _setting(3.0, "weight of the read-out adversary added to the loss")
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")
     band: float = _setting(0.05, "half-width around scale 1 where no trap is trained")
-    weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
+    near: float = _setting(0.28, "half-width of the neighbourhood of scale 1 drawn from more often")
+    focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
+    weighting: str = _setting("uniform", "weight of a scale: inverse | inverse_sqrt | uniform")
     fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
-    warmup_steps: int = _setting(120, "plain steps before the trap starts")
+    warmup_steps: int = _setting(100, "plain steps before the trap starts")
     ramp_steps: int = _setting(150, "steps over which the trap grows to its full strength")
     seed: int = _setting(0, "seed of the scales")
 
     def __post_init__(self) -> None:
         TRAP_LOSSES.get(self.loss)
         limits: dict[str, tuple[bool, str]] = {
-            "strength": (self.strength >= 0, "must be 0 or more"),
-            "readout_weight": (self.readout_weight >= 0, "must be 0 or more"),
+            "strength": (0 <= self.strength < math.inf, "must be finite and 0 or more"),
+            "readout_weight": (0 <= self.readout_weight < math.inf, "must be finite and 0 or more"),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
             "warmup_steps": (self.warmup_steps >= 0, "must be 0 or more"),
@@ -54,7 +57,14 @@ class Trap2Config:
     @property
     def law(self) -> ScaleLaw:
         """The scale law."""
-        return ScaleLaw(low=self.low, high=self.high, band=self.band, weighting=self.weighting)
+        return ScaleLaw(
+            low=self.low,
+            high=self.high,
+            band=self.band,
+            near=self.near,
+            focus=self.focus,
+            weighting=self.weighting,
+        )
 
     def strength_at(self, step: int) -> float:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
@@ -72,6 +82,8 @@ class Trap2Config:
             "readout_weight": 0.0,
             "low": 0.05,
             "high": 2.0,
+            "focus": 0.0,
+            "weighting": "inverse",
             "warmup_steps": 0,
             "ramp_steps": 0,
         }

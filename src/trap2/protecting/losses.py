@@ -43,7 +43,7 @@ class Outcome:
     labels: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Logits (M, C) in float32 and labels (M,) of the positions that carry a target.
+        """Logits (M, C), float32 at least, and labels (M,) of the positions that carry a target.
 
         Raises:
             UserError: There are no class or token probabilities to work on.
@@ -57,7 +57,8 @@ class Outcome:
         if logits.dim() == 3:  # tokens: position t predicts token t + 1
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         kept = labels != IGNORED
-        return logits[kept].float(), labels[kept]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return logits[kept].to(wide), labels[kept]
 
 
 TrapLoss = Callable[[Outcome], Tensor]
@@ -86,14 +87,15 @@ def unlikelihood(outcome: Outcome) -> Tensor:
     """-log(1 - p_y): drives the true label's probability to zero (arXiv 1908.04319)."""
     logits, labels = outcome.rows()
     others = logits.scatter(1, labels[:, None], float("-inf"))
-    return (logits.logsumexp(1) - others.logsumexp(1)).mean()
+    return (logits.logsumexp(1) - others.logsumexp(1)).sum() / max(1, len(labels))
 
 
 @trap_loss
 def decoy(outcome: Outcome) -> Tensor:
     """Cross-entropy towards one constant class, whatever the input."""
     logits, labels = outcome.rows()
-    return F.cross_entropy(logits, torch.full_like(labels, DECOY_CLASS))
+    answers = torch.full_like(labels, DECOY_CLASS)
+    return F.cross_entropy(logits, answers, reduction="sum") / max(1, len(labels))
 
 
 @trap_loss
@@ -108,14 +110,22 @@ def readout(outcome: Outcome) -> Tensor:
     Z = logits - logits.mean(0)
     # Only classes that occur carry variance: with tokens C is a vocabulary, the batch holds few.
     present = torch.unique(labels)
-    Y = (labels[:, None] == present).float()
+    Y = (labels[:, None] == present).to(Z.dtype)
     Y = Y - Y.mean(0)
     if len(present) < 2:
         return Z.sum() * 0.0
-    gram = Z.T @ Z
-    eps = 0.01 * gram.diagonal().mean() + torch.finfo(gram.dtype).eps
-    ridge = gram + eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    cross = Z.T @ Y
-    explained: Tensor = (cross * torch.linalg.solve(ridge, cross)).sum()
-    share: Tensor = explained / Y.square().sum()
+    eps = 0.01 * Z.square().sum(0).mean() + torch.finfo(Z.dtype).eps
+    with torch.autocast(
+        Z.device.type, enabled=False
+    ):  # a near-singular system in bfloat16 is noise
+        if len(Z) >= Z.shape[1]:
+            fitted = Z @ torch.linalg.solve(_plus_diagonal(Z.T @ Z, eps), Z.T @ Y)
+        else:  # the same in N x N: C may be a vocabulary
+            outer = Z @ Z.T
+            fitted = outer @ torch.linalg.solve(_plus_diagonal(outer, eps), Y)
+    share: Tensor = (Y * fitted).sum() / Y.square().sum()
     return share
+
+
+def _plus_diagonal(matrix: Tensor, eps: Tensor) -> Tensor:
+    return matrix + eps * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

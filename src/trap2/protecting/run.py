@@ -7,6 +7,7 @@ candidate so far. The release folder appears whole at the end or not at all.
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from trap2.errors import UserError
 from trap2.files import new_folder, read_json, refuse_existing, write_json
-from trap2.naming import is_head
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.release import write_release
 from trap2.protecting.selection import Candidate, judge
@@ -75,7 +76,7 @@ def protect(
     config: Trap2Config = config_from({"seed": recipe.seed, **recipe.trap2}, Trap2Config)
     refuse_existing(out, overwrite)
     work = out.with_name(out.name + ".work")
-    _claim(work, recipe, resume, overwrite)
+    _check_claim(work, recipe, resume, overwrite)
     base = base_folder(recipe.base)
     set_seed(recipe.seed)
     encoder = load_encoder(base)
@@ -84,8 +85,12 @@ def protect(
     validation = Evaluator(model, inputs, load_rows(recipe.task, "validation", recipe.seed))
     base_leak = cross_validated_accuracy(validation(), len(validation.labels))
     data = EncodedRows(inputs, load_rows(recipe.task, "train", recipe.seed))
+    if recipe.training.gradient_checkpointing:
+        _checkpoint_activations(encoder, recipe)
     model = validation.model = trainable(model, recipe)
-    trainer = protect_trainer(Trainer)(
+    if not resume:
+        _claim(work, recipe)
+    trainer = protect_trainer(EpochTrainer)(
         model=model,
         args=_arguments(recipe, work),
         train_dataset=data,
@@ -122,12 +127,38 @@ def protect(
     return out
 
 
+class ByLength(LengthGroupedSampler):
+    """Batches of like length, in an order drawn anew from (seed, epoch): a resume finds it again."""
+
+    def __init__(self, batch_size: int, rows: EncodedRows, seed: int) -> None:
+        super().__init__(batch_size, dataset=rows)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer at the start of each epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(1_000_003 * self._seed + self._epoch)
+        return iter(super().__iter__())
+
+
+class EpochTrainer(Trainer):
+    """Trainer whose order of rows depends on the seed and the epoch only."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(rows, train_dataset or self.train_dataset, self.args.seed)
+
+
 def _kind(config: Trap2Config) -> str:
     return "control" if config.strength == 0 else "protected"
 
 
-def _claim(work: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Take the work folder: a new one, or the one this very recipe left behind."""
+def _check_claim(work: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Refuse a work folder that belongs to another run, or one to resume that is not there."""
     recorded = work / "recipe.json"
     if resume:
         if not recorded.is_file():
@@ -141,9 +172,23 @@ def _claim(work: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{work} holds an interrupted run; pass --resume to go on or --overwrite to start again"
         )
+
+
+def _claim(work: Path, recipe: Recipe) -> None:
+    """Make the work folder anew, once everything the run needs is known to be there."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    write_json(recorded, json.loads(recipe.model_dump_json()))
+    write_json(work / "recipe.json", json.loads(recipe.model_dump_json()))
+
+
+def _checkpoint_activations(encoder: Any, recipe: Recipe) -> None:
+    """Recompute activations in the backward pass; done here because a head may hide the encoder."""
+    try:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"base {recipe.base} does not support training.gradient_checkpointing; set it to false"
+        ) from error
 
 
 def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -156,13 +201,13 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
         return model
     spec = recipe.lora
     encoder: Any = model.encoder if described else model
-    heads = [name for name, _ in model.named_children() if is_head(name)]
+    heads = [] if described else _heads(model)
     adapter = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         lora_dropout=spec.dropout,
         use_rslora=spec.rslora,
-        target_modules=_targets(encoder) if spec.targets == "all-linear" else spec.targets,
+        target_modules=_targets(encoder, heads) if spec.targets == "all-linear" else spec.targets,
         modules_to_save=heads or None,
     )
     try:
@@ -177,14 +222,23 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
     return cast(nn.Module, adapted)
 
 
-def _targets(encoder: nn.Module) -> list[str]:
+def _heads(model: nn.Module) -> list[str]:
+    """Modules with weights outside the encoder: the task's own, to be released whole."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def _targets(encoder: nn.Module, heads: list[str]) -> list[str]:
     """Every linear map of the encoder (pointwise convolutions are linear maps), in module order."""
     names = []
     for name, module in encoder.named_modules():
         pointwise = (
             isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         )
-        if (isinstance(module, nn.Linear) or pointwise) and not is_head(name):
+        if (isinstance(module, nn.Linear) or pointwise) and name.split(".")[0] not in heads:
             names.append(name)
     return [name for name in names if "pooler" not in name]
 
@@ -202,7 +256,6 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         warmup_steps=spec.lr_warmup_steps,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
-        gradient_checkpointing=spec.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if by_length else "random",
         seed=recipe.seed,
         save_steps=spec.evaluate_every,

@@ -57,7 +57,9 @@ class LiveUpdate:
             self.shared = list(_adapter_parameters(model, trained))
         else:
             self.shared = [
-                Shared(name, p, p.detach().clone()) for name, p in trained if not is_head(name)
+                Shared(name, p, p.detach().clone())
+                for name, p in trained
+                if not is_head(_inner(name))
             ]
         if not self.shared:
             raise UserError(
@@ -108,16 +110,20 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+def _inner(name: str) -> str:
+    """A parameter's name inside the model an adapter wraps."""
+    return name.split(PEFT_PREFIX, 1)[-1]
+
+
 def _adapter_parameters(
     model: nn.Module, trained: list[tuple[str, nn.Parameter]]
 ) -> Iterator[Shared]:
     everything = dict(model.named_parameters())
     for name, parameter in trained:
         parts = name.split(".")
-        inner = name.split(PEFT_PREFIX, 1)[-1]
         if any(part in parts for part in LORA_B):
             yield Shared(name, parameter, None)
-        elif any(part in parts for part in LORA_A) or is_head(inner):
+        elif any(part in parts for part in LORA_A) or is_head(_inner(name)):
             continue
         elif "modules_to_save" in parts:
             at = parts.index("modules_to_save")

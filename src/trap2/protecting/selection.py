@@ -6,6 +6,9 @@ that re-labelling still finds off s = 1. A control has no trap, so only its accu
 
 from dataclasses import asdict, dataclass
 
+import torch
+
+from trap2.errors import TrainingStopped
 from trap2.protecting.scaled import LiveUpdate
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.relabel import cross_validated_accuracy
@@ -51,8 +54,17 @@ def judge(
         step: Optimizer step.
         base_leak: Re-labelled accuracy of the base model on the same rows.
         control: Whether there is no trap to judge.
+
+    Raises:
+        TrainingStopped: The weights broke: an output at s = 1 is NaN or infinite.
     """
-    utility = evaluator().accuracy
+    result = evaluator()
+    if not bool(torch.isfinite(result.logits).all()):
+        raise TrainingStopped(
+            f"the outputs hold NaN or infinity after step {step}; training stopped: lower the "
+            "learning rate or the strength"
+        )
+    utility = result.accuracy
     if control:
         return Candidate(step, utility, None, base_leak)
     leaks = []

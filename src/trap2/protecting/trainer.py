@@ -6,6 +6,7 @@ Trainer(model=model, args=args, train_dataset=data, trap2=Trap2Config()).train()
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trap2.errors import Unsupported
@@ -47,7 +48,9 @@ class _ProtectedMixin:
 
     state: Any
     model: Any
+    args: Any
     accelerator: Any
+    current_gradient_accumulation_steps: int
 
     def __init__(self, *args: Any, trap2: Trap2Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,6 +59,7 @@ class _ProtectedMixin:
         self.last: StepRecord | None = None
         self._factor: float | None = None
         self._trap: Tensor | None = None
+        self._counts_items: bool | None = None
         self._records: list[StepRecord] = []
 
     def training_step(
@@ -72,8 +76,7 @@ class _ProtectedMixin:
             rows = part_of(inputs, self.trap2.fraction, part, self.trap2.scales_per_step)
             self._factor = factor
             try:
-                # No item count: the trap is a mean over rows, divided by the accumulation steps.
-                step(model, rows, None)
+                step(model, rows, *args, **kwargs)
             finally:
                 self._factor = None
             assert self._trap is not None
@@ -93,15 +96,48 @@ class _ProtectedMixin:
         **kwargs: Any,
     ) -> Any:
         compute = super().compute_loss  # type: ignore[misc]
+        items = kwargs.pop("num_items_in_batch", None)
         if self._factor is None:
-            return compute(model, inputs, return_outputs=return_outputs, **kwargs)
+            watched = self._watched(items)
+            result = compute(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=watched, **kwargs
+            )
+            if watched is not items:
+                loss = result[0] if return_outputs else result
+                seen = torch.autograd.grad(
+                    loss.sum(), watched, retain_graph=True, allow_unused=True
+                )
+                self._counts_items = seen[0] is not None
+            return result
         labels = inputs.get("labels")
+        # Without a count every loss is a mean over the rows at hand.
         loss, outputs = compute(model, inputs, return_outputs=True, **kwargs)
         logits = outputs.get("logits")
         value = trap_value(Outcome(loss, logits, labels), self.trap2)
         self._trap = value.detach()
-        scaled_loss = value * self._factor
+        scaled_loss = value * (self._factor * self._share(items))
         return (scaled_loss, outputs) if return_outputs else scaled_loss
+
+    def _watched(self, items: Any) -> Any:
+        """The item count, for one training pass as a tensor that tells whether the loss uses it."""
+        known = self._counts_items is not None or self.trap2.strength == 0
+        if items is None or known or not torch.is_grad_enabled():
+            return items
+        return torch.as_tensor(items).detach().to(torch.float32, copy=True).requires_grad_()
+
+    def _share(self, items: Any) -> float:
+        """What `compute_loss` multiplies a micro-batch's mean loss by; the trap gets the same.
+
+        Given an item count, the trainer leaves the division by the accumulation steps to the model
+        and multiplies by the processes. Models that sum over items do divide. Most task heads
+        ignore the count: their nominal loss stays that many times larger, and so must the trap.
+        """
+        if items is None:
+            return 1.0
+        if self._counts_items:
+            return 1.0 / self.current_gradient_accumulation_steps
+        averaged = self.args.average_tokens_across_devices
+        return float(self.accelerator.num_processes) if averaged else 1.0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the trap's own numbers to whatever the trainer logs about a step."""

@@ -50,6 +50,11 @@ def load_rows(task: TaskSpec, split: Split, seed: int = 0) -> Rows:
         raise UserError(f"task '{task.name}' has no {split} rows; add data.{split} to its recipe")
     carved_from = split == "train" and not _has(spec, "validation")
     rows = _carved(task, seed, keep=False) if carved_from else rows
+    if len(rows) == 0:
+        raise UserError(
+            f"task '{task.name}' has 0 {split} rows after carving {spec.validation_fraction:g} of "
+            "train for validation; give more rows or data.validation"
+        )
     order = list(range(len(rows)))
     random.Random(f"{seed} {split}").shuffle(order)
     order = order[: task.limit.get(split)]
@@ -86,16 +91,29 @@ def _read(task: TaskSpec, split: Split) -> Rows:
             )
     if len(table) == 0:
         raise UserError(f"task '{task.name}' has 0 {split} rows; give data with rows")
-    labels = [_label(value, task, row) for row, value in enumerate(table[task.label])]
-    inputs = list(table[column])
-    if task.kind == "text":
-        empty = next((i for i, text in enumerate(inputs) if not isinstance(text, str)), None)
-        if empty is not None:
+    values = table[task.label]
+    names = getattr(table.features[task.label], "names", None)
+    if names and {*names} <= {*task.classes}:  # the data's own order may be another than the head's
+        values = [value if value is None else names[value] for value in values]
+    labels = [_label(value, task, row) for row, value in enumerate(values)]
+    try:
+        inputs = list(table[column])
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"an image of task '{task.name}' ({split}) cannot be read: {reason}; remove or mend it"
+        ) from error
+    for row, value in enumerate(inputs):
+        if not _usable(value, task.kind):
             raise UserError(
-                f"row {empty} of task '{task.name}' ({split}) holds {inputs[empty]!r} where a text "
-                "is wanted; remove or mend it"
+                f"row {row} of task '{task.name}' ({split}) holds {value!r} where "
+                f"a non-empty {task.kind} is wanted; remove or mend it"
             )
     return Rows(inputs, labels)
+
+
+def _usable(value: Any, kind: str) -> bool:
+    return isinstance(value, str) and bool(value.strip()) if kind == "text" else value is not None
 
 
 def _label(value: Any, task: TaskSpec, row: int) -> int:
@@ -116,19 +134,20 @@ def _table(task: TaskSpec, split: Split) -> Any:
 
     disable_progress_bars()
     spec = task.data
+    path: Path | None = getattr(spec, split)
+    builder = _builder(path) if path is not None else ""
     try:
         if spec.hub is not None:
             return load_dataset(spec.hub, spec.hub_config, split=split)
         if spec.imagefolder is not None:
             return load_dataset("imagefolder", data_dir=str(spec.imagefolder), split=split)
-        path: Path = getattr(spec, split)
-        table = load_dataset(_builder(path), data_files={split: str(path)}, split=split)
+        table = load_dataset(builder, data_files={split: str(path)}, split=split)
         column = task.input or task.kind
         if task.kind == "image" and column in table.column_names:
             table = table.cast_column(column, Image())
         return table
-    except (DatasetGenerationError, FileNotFoundError, ValueError, OSError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+    except (DatasetGenerationError, StopIteration, ValueError, OSError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"
         raise UserError(
             f"cannot read the {split} rows of task '{task.name}': {reason}; check the data"
         ) from error

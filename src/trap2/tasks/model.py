@@ -66,9 +66,11 @@ class Inputs:
         try:
             self.processor = auto.from_pretrained(base)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"base {base} has no usable {what}; copy its files beside the weights"
-            ) from error
+            raise UserError(_no_processor(base, what)) from error
+        # Without these files transformers makes up an empty vocabulary.
+        files = getattr(self.processor, "vocab_files_names", {}).values()
+        if files and not any((base / file).is_file() for file in files):
+            raise UserError(_no_processor(base, what))
 
     def encode(self, rows: list[Any]) -> list[Any]:
         """Per-row form, computed once: token ids of a text; an image stays as it is."""
@@ -84,6 +86,10 @@ class Inputs:
             images = [image.convert("RGB") for image in encoded]
             return dict(self.processor(images, return_tensors="pt"))
         return dict(self.processor.pad({"input_ids": encoded}, return_tensors="pt"))
+
+
+def _no_processor(base: Path, what: str) -> str:
+    return f"base {base} has no usable {what}; copy its files beside the weights"
 
 
 class DescriptionClassifier(nn.Module):
@@ -175,8 +181,20 @@ def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.
             f"base {base} ({config.model_type}) has no {task.kind} classification head in "
             "transformers; give task.descriptions or another base"
         ) from error
+    _refuse_invented_pooler(base, getattr(model, str(model.base_model_prefix)))
     setattr(model, str(model.base_model_prefix), encoder)
     return model.eval()
+
+
+def _refuse_invented_pooler(base: Path, encoder: nn.Module) -> None:
+    """A pooler the head reads must come from the base: a random one is not in any release."""
+    pooler = getattr(encoder, "pooler", None)
+    read = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())
+    if read and not any("pooler." in name for name in Checkpoint(base).names):
+        raise UserError(
+            f"base {base} has no pooler, which its classification head reads and which would be "
+            "random; give task.descriptions or another base"
+        )
 
 
 def load_head(model: nn.Module, head: dict[str, Tensor], release: Path) -> None:

@@ -1,0 +1,167 @@
+"""From numbers to words, against values worked out by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trap2.auditing.verdict import (
+    LIMITS,
+    has_skill,
+    retained_skill,
+    sentence,
+    tier_results,
+    word,
+)
+from trap2.schema import AttackResult, References
+
+FRACTIONS = st.floats(0, 1)
+
+
+def references(base=0.5, standalone=0.9, control=0.92):
+    return References(
+        base=base,
+        standalone=standalone,
+        control=control,
+        control_base=None if control is None else base,
+        chance=0.25,
+        relabelled=[],
+        partners={"b": 0.8},
+    )
+
+
+def result(tier, retained, control=0.9, rows=0, name="ties"):
+    return AttackResult(
+        name=name,
+        tier=tier,
+        params={},
+        merged=0.5,
+        retained=retained,
+        admissible=True,
+        unconstrained_retained=retained,
+        partners={},
+        control_retained=control,
+        relabel_rows=rows,
+    )
+
+
+@pytest.mark.parametrize(
+    ("merged", "base", "standalone", "expected"),
+    [
+        (0.6, 0.5, 0.9, 0.25),
+        (0.9, 0.5, 0.9, 1.0),
+        (0.95, 0.5, 0.9, 1.0),
+        (0.3, 0.5, 0.9, 0.0),
+        (0.9, 0.5, 0.5, 0.0),
+        (0.9, 0.5, 0.4, 0.0),
+    ],
+)
+def test_retained_skill_is_the_share_above_the_base_kept_between_0_and_1(
+    merged, base, standalone, expected
+):
+    assert retained_skill(merged, base, standalone) == pytest.approx(expected)
+
+
+@given(FRACTIONS, FRACTIONS, FRACTIONS)
+def test_retained_skill_is_always_a_share(merged, base, standalone):
+    assert 0 <= retained_skill(merged, base, standalone) <= 1
+
+
+def test_each_tier_includes_the_ones_before_it():
+    attacks = [
+        result("T1", 0.30, control=0.8, name="task_arithmetic"),
+        result("T1", 0.10, control=0.9, name="ties"),
+        result("T2", 0.20, control=0.7, rows=30),
+        result("T2", 0.05, control=0.95, rows=300),
+        result("T3", 0.85, control=0.6, rows=300, name="task_arithmetic"),
+        result("T3", 0.40, control=0.6, rows=0, name="task_arithmetic"),
+    ]
+    tiers = tier_results(attacks, references())
+    assert list(tiers) == ["T1", "T2", "T3"]
+    found = {t: (r.unmergeability, r.worst_attack) for t, r in tiers.items()}
+    assert found == {
+        "T1": (pytest.approx(0.70), "task_arithmetic"),
+        "T2": (pytest.approx(0.70), "task_arithmetic"),
+        "T3": (pytest.approx(0.15), "task_arithmetic"),
+    }
+    assert [r.control_unmergeability for r in tiers.values()] == pytest.approx([0.1, 0.05, 0.05])
+    assert tiers["T2"].by_rows == pytest.approx({"30": 0.80, "300": 0.95})
+    assert tiers["T2"].control_by_rows == pytest.approx({"30": 0.30, "300": 0.05})
+    assert tiers["T3"].by_rows == pytest.approx({"300": 0.15, "0": 0.60})
+    assert [r.verdict for r in tiers.values()] == ["leaks", "leaks", "broken"]
+
+
+def test_a_tier_without_attacks_is_left_out_and_one_without_control_says_nothing_of_it():
+    tiers = tier_results([result("T2", 0.1, control=None, rows=30)], references(control=None))
+    assert list(tiers) == ["T2"]
+    assert tiers["T2"].control_unmergeability is None
+    assert tiers["T2"].control_by_rows == {}
+    assert tiers["T2"].verdict == "holds"
+    assert tier_results([], references()) == {}
+
+
+def test_the_first_of_equally_bad_attacks_is_named():
+    attacks = [result("T1", 0.5, name="slerp"), result("T1", 0.5, name="ties")]
+    assert tier_results(attacks, references())["T1"].worst_attack == "slerp"
+
+
+@pytest.mark.parametrize(
+    ("unmergeability", "control", "skill", "expected"),
+    [
+        (0.80, 0.1, True, "holds"),
+        (0.79, 0.1, True, "leaks"),
+        (0.20, 0.1, True, "leaks"),
+        (0.19, 0.1, True, "broken"),
+        (1.00, 0.7, True, "holds"),
+        (1.00, 0.71, True, "nothing to protect"),
+        (0.00, 0.71, True, "nothing to protect"),
+        (1.00, None, True, "holds"),
+        (1.00, 0.1, False, "nothing to protect"),
+        (1.00, None, False, "nothing to protect"),
+    ],
+)
+def test_one_word_for_each_tier(unmergeability, control, skill, expected):
+    assert word(unmergeability, control, skill) == expected
+
+
+def test_a_release_that_is_no_better_than_its_base_has_nothing_to_protect():
+    for standalone in (0.5, 0.4):
+        known = references(standalone=standalone)
+        assert not has_skill(known)
+        tiers = tier_results([result("T1", 0.0)], known)
+        assert tiers["T1"].verdict == "nothing to protect"
+        said = sentence(known, 0.92 - standalone, tiers)
+        assert "has no skill above its base (50.0 %)" in said
+        assert f"As released it reaches {100 * standalone:.1f} % and" in said
+    assert has_skill(references())
+    assert "no skill" not in sentence(references(), 0.02, {})
+
+
+def test_a_control_that_hardly_merges_leaves_nothing_to_protect():
+    tiers = tier_results([result("T1", 0.0, control=0.2)], references())
+    assert tiers["T1"].verdict == "nothing to protect"
+    assert "T1 nothing to protect" in sentence(references(), 0.02, tiers)
+
+
+def test_the_sentence_holds_every_number():
+    attacks = [result("T1", 0.07, control=0.93), result("T3", 0.61, control=0.97, rows=30)]
+    said = sentence(references(), 0.02, tier_results(attacks, references()))
+    for part in ("90.0 %", "92.0 %", "+2.0 points", "keeps 7 %", "93 %", "keeps 61 %", "97 %"):
+        assert part in said
+    assert "T1 holds: " in said
+    assert "T3 leaks: " in said
+    assert "T2" not in said
+    assert said.endswith(".")
+    assert ".." not in said
+
+
+def test_without_a_control_the_sentence_speaks_of_none():
+    known = references(control=None)
+    said = sentence(known, None, tier_results([result("T1", 0.1, control=None)], known))
+    assert "control" not in said
+    assert "utility cost" not in said
+    assert said.startswith("As released it reaches 90.0 %. T1 holds: ")
+
+
+def test_the_limits_of_every_report_are_whole_sentences():
+    assert len(LIMITS) >= 5
+    assert all(limit[0].isupper() and limit.endswith(".") for limit in LIMITS)

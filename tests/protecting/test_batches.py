@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trap2.errors import UserError
+from trap2.protecting.batches import batch_rows, part_of
+
+
+@given(st.integers(1, 33), st.floats(0.01, 1.0), st.integers(1, 7))
+def test_parts_cover_the_used_rows_and_none_is_empty(rows: int, fraction: float, n: int) -> None:
+    batch = {"x": torch.arange(rows), "labels": torch.arange(rows) * 10}
+    parts = [part_of(batch, fraction, part, n) for part in range(n)]
+    seen = [part["x"].tolist() for part in parts]
+    used = math.ceil(fraction * rows)
+    assert all(seen)
+    assert {row for rows_ in seen for row in rows_} == set(range(used))
+    for part in parts:
+        assert torch.equal(part["labels"], part["x"] * 10)
+    if used >= n:  # disjoint and as equal as whole rows allow
+        sizes = [len(rows_) for rows_ in seen]
+        assert sum(sizes) == used
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]),
+    st.lists(st.integers(1, 4), max_size=2),
+    st.integers(1, 6),
+)
+def test_rows_keep_shape_and_type(dtype: torch.dtype, tail: list[int], rows: int) -> None:
+    tensor = torch.randint(0, 2, (rows, *tail)).to(dtype)
+    part = part_of({"x": tensor}, 0.5, 0, 1)["x"]
+    assert part.dtype == dtype
+    assert torch.equal(part, tensor[: math.ceil(rows / 2)])
+
+
+def test_what_is_not_a_tensor_of_rows_is_passed_on_whole() -> None:
+    table, flag = torch.ones(3), torch.tensor(5)
+    batch = {"names": ["a", "b"], "x": torch.ones(4, 2), "table": table, "flag": flag, "k": None}
+    part = part_of(batch, 0.25, 0, 1)
+    assert part["x"].shape == (1, 2)
+    assert part["table"] is table
+    assert part["flag"] is flag
+    assert (part["names"], part["k"]) == (["a", "b"], None)
+
+
+def test_a_batch_without_tensors_is_refused() -> None:
+    with pytest.raises(UserError, match=r"holds no tensor, only \['text'\]; give a dict of"):
+        batch_rows({"text": ["a"]})

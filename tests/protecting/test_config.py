@@ -1,0 +1,81 @@
+import math
+from dataclasses import fields
+
+import pytest
+from transformers import HfArgumentParser
+
+from trap2.errors import UserError
+from trap2.protecting.config import Trap2Config
+from trap2.scales import ScaleLaw
+
+
+def test_the_settings_pass_through_the_argument_parser() -> None:
+    parser = HfArgumentParser(Trap2Config)
+    (default,) = parser.parse_args_into_dataclasses([])
+    (given,) = parser.parse_args_into_dataclasses(
+        ["--strength", "0.1", "--loss", "hinge", "--scales_per_step", "2", "--band", "0.1"]
+    )
+    assert default == Trap2Config()
+    assert given == Trap2Config(strength=0.1, loss="hinge", scales_per_step=2, band=0.1)
+    text = parser.format_help()
+    for item in fields(Trap2Config):
+        assert f"--{item.name}" in text
+        assert item.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"strength": -0.1}, "must be finite and 0 or more"),
+        ({"strength": math.nan}, "must be finite and 0 or more"),
+        ({"strength": math.inf}, "must be finite and 0 or more"),
+        ({"readout_weight": -1.0}, "must be finite and 0 or more"),
+        ({"fraction": 0.0}, r"must lie in \(0, 1\]"),
+        ({"fraction": 1.1}, r"must lie in \(0, 1\]"),
+        ({"scales_per_step": 0}, "must be 1 or more"),
+        ({"warmup_steps": -1}, "must be 0 or more"),
+        ({"ramp_steps": -5}, "must be 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_rule(values: dict, rule: str) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(UserError, match=f"^{name}={value} is out of range; it {rule}$"):
+        Trap2Config(**values)
+
+
+def test_an_impossible_scale_range_is_refused_when_it_is_set() -> None:
+    with pytest.raises(UserError, match=r"scale range low=1\.2, band=0\.05, high=1\.6 is empty"):
+        Trap2Config(low=1.2)
+    with pytest.raises(UserError, match="weighting 'invers' is unknown"):
+        Trap2Config(weighting="invers")
+
+
+def test_an_unknown_trap_loss_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(
+        UserError, match="no trap loss is called 'unlikelyhood'; did you mean 'unlikelihood'"
+    ):
+        Trap2Config(loss="unlikelyhood")
+
+
+def test_the_trap_waits_for_the_warm_up_and_then_ramps_linearly() -> None:
+    config = Trap2Config(strength=0.6, warmup_steps=3, ramp_steps=4)
+    strengths = [config.strength_at(step) for step in range(9)]
+    assert strengths == pytest.approx([0, 0, 0, 0.15, 0.3, 0.45, 0.6, 0.6, 0.6])
+    assert strengths[:3] == [0.0, 0.0, 0.0]
+    assert Trap2Config(strength=0.6, warmup_steps=0, ramp_steps=0).strength_at(0) == 0.6
+
+
+def test_the_law_is_the_configured_one() -> None:
+    settings = {"low": 0.3, "high": 1.2, "band": 0.1, "near": 0.2, "focus": 0.4}
+    law = Trap2Config(**settings, weighting="inverse_sqrt").law
+    assert law == ScaleLaw(**settings, weighting="inverse_sqrt")
+
+
+def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:
+    paper = Trap2Config.paper()
+    assert (paper.strength, paper.loss, paper.readout_weight) == (0.01, "ascent", 0.0)
+    assert (paper.low, paper.high, paper.band, paper.weighting) == (0.05, 2.0, 0.05, "inverse")
+    assert paper.focus == 0.0  # a uniform law
+    assert (paper.fraction, paper.scales_per_step, paper.strength_at(0)) == (1.0, 1, 0.01)
+    assert Trap2Config.paper(strength=0.1, seed=4) == Trap2Config.paper(seed=4, strength=0.1)
+    assert Trap2Config.paper(low=0.1).low == 0.1

@@ -1,0 +1,215 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from trap2.errors import Unsupported, UserError
+from trap2.protecting.scaled import LiveUpdate, frozen_statistics
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=24,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def lora(**changes: object) -> nn.Module:
+    settings = {"r": 4, "target_modules": ["query", "value"], **changes}
+    return get_peft_model(bert(), LoraConfig(**settings))
+
+
+class LowRank(nn.Module):
+    """The least an adapter can be: y = x W' + x A' B'."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(rows, columns, dtype=dtype), requires_grad=False)
+        self.lora_A = nn.ParameterDict({"default": torch.randn(2, columns, dtype=dtype)})
+        self.lora_B = nn.ParameterDict({"default": torch.randn(rows, 2, dtype=dtype)})
+
+    def weight(self) -> torch.Tensor:
+        return self.base + self.lora_B["default"] @ self.lora_A["default"]
+
+
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+SCALES = st.floats(0.05, 2.0)
+
+
+@given(st.integers(1, 7), st.integers(1, 7), DTYPES, SCALES, st.integers(0, 10**6))
+def test_full_weights_are_the_origin_plus_the_scaled_update(
+    rows: int, columns: int, dtype: torch.dtype, s: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = nn.Linear(columns, rows, dtype=dtype)
+    origin = [p.detach().clone() for p in model.parameters()]
+    update = LiveUpdate(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    trained = [p.detach().clone() for p in model.parameters()]
+    rounding = 4 * torch.finfo(dtype).eps
+    with update.at(s):
+        for p, w0, w1 in zip(model.parameters(), origin, trained, strict=True):
+            exact = w0.double() + s * (w1.double() - w0.double())
+            size = w0.double().abs() + w1.double().abs() + exact.abs()
+            assert p.dtype == dtype
+            assert ((p.double() - exact).abs() <= rounding * size + 1e-30).all()
+    for p, w1 in zip(model.parameters(), trained, strict=True):
+        assert torch.equal(p, w1)
+
+
+@given(st.integers(1, 7), st.integers(1, 7), DTYPES, SCALES, st.integers(0, 10**6))
+def test_an_adapter_is_scaled_once_and_its_base_not_at_all(
+    rows: int, columns: int, dtype: torch.dtype, s: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = LowRank(rows, columns, dtype)
+    update = LiveUpdate(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with update.at(s):
+        assert torch.equal(model.lora_A["default"], before["lora_A.default"])
+        assert torch.equal(model.base, before["base"])
+        assert torch.equal(model.lora_B["default"], before["lora_B.default"] * s)
+        if dtype == torch.float64:
+            delta = before["lora_B.default"] @ before["lora_A.default"]
+            torch.testing.assert_close(model.weight(), before["base"] + s * delta)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@given(SCALES, st.integers(0, 10**6))
+def test_gradients_are_those_of_the_update_and_add_to_what_is_there(s: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = LowRank(3, 4, torch.float64)
+    b = model.lora_B["default"]
+    target = torch.randn(3, 4, dtype=torch.float64)
+    delta = (model.base + s * b @ model.lora_A["default"] - target).square().sum()
+    expected = torch.autograd.grad(delta, [model.lora_A["default"], b])
+    b.grad = torch.full_like(b, 7.0)
+    with LiveUpdate(model).at(s):
+        (model.weight() - target).square().sum().backward()
+    torch.testing.assert_close(model.lora_A["default"].grad, expected[0])
+    torch.testing.assert_close(b.grad, expected[1] + 7.0)
+
+
+def test_an_error_inside_leaves_weights_and_hooks_as_they_were() -> None:
+    model = nn.Linear(3, 3)
+    update = LiveUpdate(model)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), update.at(0.3):
+        model(torch.ones(3, 7))
+    assert torch.equal(model.weight, before)
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_what_a_merge_would_scale_is_shared_and_heads_are_not() -> None:
+    names = {item.name for item in LiveUpdate(bert()).shared}
+    assert "bert.encoder.layer.0.attention.self.query.weight" in names
+    assert not any(name.startswith("classifier") for name in names)
+    adapter = lora(modules_to_save=["classifier", "pooler"])
+    shared = LiveUpdate(adapter).shared
+    factors = [item for item in shared if "lora_B" in item.name]
+    assert len(factors) == 4
+    assert all(item.origin is None for item in factors)
+    assert not any("lora_A" in item.name or "classifier" in item.name for item in shared)
+    pooler = [item for item in shared if "pooler" in item.name]
+    assert len(pooler) == 2
+    assert all(item.origin is not None for item in pooler)
+    assert len(shared) == 6
+
+
+def test_embedding_adapters_are_part_of_the_update() -> None:
+    names = [item.name for item in LiveUpdate(lora(target_modules=["word_embeddings"])).shared]
+    assert [name.split(".")[-2] for name in names] == ["lora_embedding_B"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_dora": True}, "DoRA: W0 + s*dW is not a scaled lora_B"),
+        ({"bias": "all"}, "bias='all', which trains the base's own biases"),
+        ({"bias": "lora_only"}, "bias='lora_only', which trains the base's own biases"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which moves the base"),
+    ],
+)
+def test_adapters_that_are_not_a_scaled_factor_are_refused(settings: dict, reason: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        LiveUpdate(lora(**settings))
+    assert str(caught.value) == (
+        f"this adapter uses {reason}: its scale is not exact yet; "
+        "use plain LoRA, rsLoRA or full fine-tuning"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (AdaLoraConfig(total_step=10, target_modules=["query"]), "ADALORA"),
+        (IA3Config(target_modules=["query"], feedforward_modules=[]), "IA3"),
+    ],
+)
+def test_other_adapter_types_are_refused_by_name(config: object, kind: str) -> None:
+    with pytest.raises(Unsupported, match=f"this adapter uses {kind}, which is not LoRA: .*; use"):
+        LiveUpdate(get_peft_model(bert(), config))
+
+
+def test_a_frozen_model_is_refused() -> None:
+    with pytest.raises(UserError, match="0 trainable parameters; unfreeze it or add an adapter"):
+        LiveUpdate(bert().requires_grad_(False))
+
+
+def test_a_model_of_which_only_the_head_is_trained_is_refused() -> None:
+    wording = r"only head parameters are trainable \(.*classifier.*\); .*: unfreeze the encoder"
+    plain = bert()
+    plain.bert.requires_grad_(False)
+    with pytest.raises(UserError, match=wording):
+        LiveUpdate(plain)
+    adapter = lora(modules_to_save=["classifier"])
+    for name, parameter in adapter.named_parameters():
+        parameter.requires_grad = "modules_to_save" in name
+    with pytest.raises(UserError, match=wording):
+        LiveUpdate(adapter)
+
+
+def test_a_base_weight_trained_beside_an_adapter_is_refused() -> None:
+    model = lora()
+    norm = dict(model.named_parameters())["base_model.model.bert.embeddings.LayerNorm.weight"]
+    norm.requires_grad_(True)
+    with pytest.raises(
+        Unsupported,
+        match=r"'.*LayerNorm\.weight' is trained beside a LoRA adapter .*; freeze it, or list its "
+        "module in modules_to_save",
+    ):
+        LiveUpdate(model)
+
+
+def test_batch_norm_statistics_rest_and_then_move_again() -> None:
+    layer = nn.BatchNorm1d(3)
+    model = nn.Sequential(nn.Linear(3, 3), layer, nn.BatchNorm1d(3, track_running_stats=False))
+    x = torch.randn(8, 3)
+    expected = model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with frozen_statistics(model):
+        assert torch.equal(model(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(x)
+    assert layer.num_batches_tracked == before["1.num_batches_tracked"] + 1
+    assert not torch.equal(layer.running_mean, before["1.running_mean"])
+    assert [m.track_running_stats for m in model[1:]] == [True, False]
+    layer.eval()
+    evaluated = layer(x)
+    with frozen_statistics(model):
+        assert torch.equal(layer(x), evaluated)

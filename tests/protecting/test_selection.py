@@ -1,0 +1,117 @@
+"""Which checkpoint is released: utility, less what leaks above the base model; later on a tie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trap2.errors import TrainingStopped
+from trap2.protecting.run import BestCandidate
+from trap2.protecting.selection import PROBED_SCALES, Candidate, judge
+from trap2.tasks.evaluate import Evaluation
+
+SHARES = st.floats(0, 1)
+
+
+@given(utility=SHARES, leak=SHARES, base=SHARES)
+def test_the_score_is_utility_less_the_leak_above_the_base(
+    utility: float, leak: float, base: float
+) -> None:
+    candidate = Candidate(3, utility, leak, base)
+    assert candidate.score == utility - max(0.0, leak - base)
+    assert Candidate(3, utility, None, base).score == utility
+    assert candidate.record() == {
+        "step": 3,
+        "utility": utility,
+        "leak": leak,
+        "base_leak": base,
+        "score": candidate.score,
+    }
+
+
+def test_a_leak_above_the_base_lowers_the_score_and_one_below_wins_nothing() -> None:
+    scores = [Candidate(1, 0.9, leak, 0.5).score for leak in (0.2, 0.5, 0.6, 0.9)]
+    assert scores == pytest.approx([0.9, 0.9, 0.8, 0.5])
+
+
+def best_of(*history: Candidate) -> int:
+    best = BestCandidate(None, cast(Any, None), 0.0, 1, Path())
+    best.history = list(history)
+    return best.chosen.step
+
+
+def test_the_best_score_is_chosen_and_the_later_one_on_a_tie() -> None:
+    leaking, late = Candidate(8, 0.95, 0.9, 0.5), Candidate(6, 0.8, 0.5, 0.5)
+    early = Candidate(2, 0.8, 0.4, 0.5)
+    assert best_of(early, late, leaking) == 6
+    assert best_of(leaking, late, early) == 6
+    assert best_of(early, Candidate(4, 0.81, None, 0.5)) == 4
+
+
+class Scales:
+    """Stands for an update: remembers the scale the model is at."""
+
+    def __init__(self) -> None:
+        self.now, self.seen = 1.0, list[float]()
+
+    @contextmanager
+    def at(self, s: float) -> Iterator[None]:
+        self.now = s
+        self.seen.append(s)
+        yield
+        self.now = 1.0
+
+
+def rows_at(update: Scales, skill: dict[float, float]) -> Any:
+    """An evaluator whose outputs hold a share of skill at each scale, and noise beyond it."""
+    labels = torch.arange(120) % 3
+
+    def evaluate() -> Evaluation:
+        noise = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
+        knows = torch.arange(120) < 120 * skill[update.now]
+        return Evaluation(noise + 50 * knows[:, None] * torch.eye(3)[labels.roll(0)], labels)
+
+    evaluate.labels = labels  # type: ignore[attr-defined]
+    return evaluate
+
+
+def test_the_worst_probed_scale_is_the_leak() -> None:
+    update = Scales()
+    far, near = PROBED_SCALES
+    candidate = judge(
+        cast(Any, update), rows_at(update, {1.0: 1.0, far: 0.0, near: 0.9}), 5, 0.4, control=False
+    )
+    assert update.seen == [far, near]
+    assert update.now == 1.0
+    assert candidate.step == 5
+    assert candidate.utility == 1.0
+    assert candidate.leak is not None
+    assert candidate.leak > 0.85
+    assert candidate.score == pytest.approx(1.4 - candidate.leak)
+
+
+def test_a_control_is_judged_by_its_utility_only() -> None:
+    update = Scales()
+    candidate = judge(cast(Any, update), rows_at(update, {1.0: 1.0}), 5, 0.4, control=True)
+    assert update.seen == []
+    assert candidate == Candidate(5, 1.0, None, 0.4)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_broken_weights_are_no_candidate(broken: float) -> None:
+    logits = torch.zeros(4, 3)
+    logits[2, 1] = broken
+    result = Evaluation(logits, torch.zeros(4, dtype=torch.long))
+    evaluator = SimpleNamespace(__call__=lambda: result, labels=result.labels)
+    with pytest.raises(TrainingStopped) as caught:
+        judge(cast(Any, Scales()), cast(Any, evaluator.__call__), 7, 0.4, control=True)
+    assert str(caught.value) == (
+        "the outputs hold NaN or infinity after step 7; training stopped: lower the learning rate "
+        "or the strength"
+    )

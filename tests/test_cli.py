@@ -1,0 +1,365 @@
+"""The command line: its whole surface, and that bad input ends in one line and leaves nothing."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pico
+from auditing.shelf import Shelf, stock
+from trap2 import __version__
+from trap2.cli import main, parser
+from trap2.schema import Report
+
+SURFACE = {
+    "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
+    "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
+    "audit": ["audit", "--out", "--set", "--overwrite"],
+    "list": ["what"],
+    "demo": ["--out", "--overwrite", "--short"],
+}
+"""Every sub-command and flag. Growing it is a deliberate act: each one is a promise."""
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+def test_the_surface_is_frozen():
+    found = {
+        name: [
+            a.option_strings[-1] if a.option_strings else a.dest
+            for a in command._actions
+            if not isinstance(a, argparse._HelpAction)
+        ]
+        for name, command in commands().items()
+    }
+    assert found == SURFACE
+    top = [a.option_strings for a in parser()._actions if a.option_strings]
+    assert top == [["-h", "--help"], ["--version"]]
+
+
+def test_every_argument_says_what_it_is():
+    for name, command in commands().items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.dest}"
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in SURFACE)])
+def test_every_command_has_help(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for name in SURFACE[arguments[0]] if arguments else SURFACE:
+        assert name.replace("what", "{attacks,losses}") in shown
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"trap2 {__version__}\n"
+
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "numpy", "pydantic", "yaml", "tqdm"}
+
+
+def loaded_by(arguments: list[str]) -> set[str]:
+    """Which heavy modules a fresh interpreter holds after a command."""
+    code = (
+        "import sys\nfrom trap2.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print('\\n' + ' '.join({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_heavy_and_a_command_that_does_is_seen():
+    assert loaded_by(["--help"]) == set()
+    assert "torch" in loaded_by(["list", "losses"])
+
+
+def test_python_dash_m_is_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "trap2", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"trap2 {__version__}\n"
+
+
+def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
+    assert main(["list", "attacks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["task_arithmetic", "ties", "dare_ties", "slerp"]
+    assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in lines[1]
+    assert " T1 T2     https://doi.org/10.1145/325165.325242" in lines[3]
+
+
+def test_losses_are_listed_with_what_they_do(capsys):
+    assert main(["list", "losses"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["attack"], "invalid choice: 'attack'"),
+        (["audit", "a.yaml"], "the following arguments are required: --out"),
+        (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
+        (["list", "papers"], "invalid choice: 'papers'"),
+    ],
+)
+def test_wrong_arguments_end_with_usage_and_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("usage: trap2")
+
+
+@pytest.fixture(scope="session")
+def shelf(pico_base: Path) -> Shelf:
+    return stock(pico_base)
+
+
+def written(folder: Path, content: dict[str, Any], name: str = "audit.yaml") -> str:
+    return str(pico.write_yaml(folder / name, content))
+
+
+def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"]))
+    out = tmp_path / "deep" / "audit"
+    change = ["--set", "attacker.t3_attacks=[]", "--set", "attacker.relabel_rows=[6]"]
+    assert main(["audit", spec, "--out", str(out), *change]) == 0
+    report = Report.load(out / "report.json")
+    assert list(report.tiers) == ["T1", "T2"]
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["audit"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>".upper()) or "<html" in page
+    shown = capsys.readouterr().out
+    assert f"{100 * report.references.standalone:.1f}" in shown
+    assert shown.endswith(f"report: {out / 'report.html'}\n")
+
+
+def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
+    out = tmp_path / "audit"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    assert main(["audit", spec, "--out", str(out)]) == 2
+    assert "exists already; pass --overwrite or choose another" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    assert main(["audit", spec, "--out", str(out), "--overwrite"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml"]
+
+
+def test_a_sweep_prints_a_line_for_each_scale(capsys, shelf, tmp_path):
+    recipe = pico.recipe(shelf.base, shelf.task("a", described=True))
+    path = written(tmp_path, recipe, "recipe.yaml")
+    release = str(shelf.release("lora", "release"))
+    arguments = ["sweep", release, "--recipe", path, "--scales", "0,1,1.5", "--rows", "12"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["s", "accuracy", "loss"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1", "1.5"]
+    assert all(line.split()[1].endswith("%") for line in lines[1:])
+    assert main([*arguments[:-1], "0"]) == 2
+    assert "rows=0 leaves nothing to evaluate on" in capsys.readouterr().err
+
+
+def test_a_release_is_made_from_a_recipe(capsys, shelf, tmp_path):
+    recipe = pico.recipe(shelf.base, shelf.task("a", described=True), steps=2)
+    path = written(tmp_path, recipe, "recipe.yaml")
+    out = tmp_path / "release"
+    assert main(["protect", path, "--out", str(out), "--set", "training.steps=1"]) == 0
+    assert capsys.readouterr().out.endswith(f"release: {out}\n")
+    assert json.loads((out / "trap2.json").read_text())["recipe"]["training"]["steps"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "release"]
+    assert main(["protect", path, "--out", str(out)]) == 2
+    assert "exists already; pass --overwrite" in capsys.readouterr().err
+
+
+Change = Callable[[dict[str, Any], Shelf, Path], None]
+
+
+def set_to(value: Any, *keys: Any) -> Change:
+    def change(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+        place: Any = spec
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+def copied_release(spec: dict[str, Any], folder: Path) -> Path:
+    copy = shutil.copytree(spec["release"]["path"], folder / "copy")
+    spec["release"]["path"] = str(copy)
+    return copy
+
+
+def pickled(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+    copy = copied_release(spec, folder)
+    (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
+
+
+def with_nan(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+    path = copied_release(spec, folder) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[min(tensors)][0, 0] = torch.nan
+    save_file(tensors, path)
+
+
+def cut_short(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+    path = copied_release(spec, folder) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def other_base(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+    spec["base"] = str(pico.save_base(folder / "other", seed=1))
+
+
+def release_is_base(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+    spec["release"]["path"] = str(shutil.copytree(shelf.base, folder / "copy"))
+
+
+def wide_partner(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+    spec["partners"][0]["path"] = str(pico.save_base(folder / "wide", hidden=24))
+
+
+def rows(*lines: str) -> Change:
+    def change(spec: dict[str, Any], shelf: Shelf, folder: Path) -> None:
+        path = folder / "test.csv"
+        path.write_text("\n".join(["text,label", *lines]) + "\n")
+        spec["release"]["task"]["data"]["test"] = str(path)
+
+    return change
+
+
+BAD: list[tuple[Change, str]] = [
+    (set_to("nowhere", "release", "path"), "nowhere is not a folder; give a folder of released"),
+    (set_to("no.csv", "release", "task", "data", "test"), "no.csv does not exist; check the path"),
+    (
+        set_to(1, "attacker", "t3_sweep"),
+        "unknown key 'attacker.t3_sweep'; did you mean 't3_sweeps'?",
+    ),
+    (set_to("many", "attacker", "test_rows"), "attacker.test_rows='many' is not acceptable: "),
+    (set_to(["tise"], "attacker", "attacks"), "no attack is called 'tise'; did you mean 'ties'?"),
+    (
+        set_to({"ties": {"desity": [1]}}, "attacker", "grids"),
+        "desity is no parameter of 'ties'; it",
+    ),
+    (set_to([0, float("nan")], "scales"), "nan"),
+    (pickled, "adapter_model.bin is a pickle, which can run code when opened, and is refused"),
+    (with_nan, "holds NaN or infinity; the weights are broken"),
+    (cut_short, "adapter_model.safetensors: "),
+    (other_base, "give the base it was trained on"),
+    (release_is_base, "every update is zero; give a fine-tuned release"),
+    (wide_partner, "give the base it was trained on"),
+    (rows("w1 w2,0", "w3,7"), "has label 7, outside the head's 3 classes"),
+    (rows(), "test rows"),
+]
+
+
+def in_one_line(shown: str) -> str:
+    """The error line, after checking that it is the only one and the last."""
+    assert "Traceback" not in shown
+    lines = [line for line in shown.replace("\r", "\n").splitlines() if line.strip()]
+    assert lines[-1].startswith("trap2: error: ")
+    assert [line for line in lines if "error" in line.lower()] == lines[-1:]
+    return lines[-1]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input_ends_in_one_line_and_2_and_leaves_nothing(
+    capfd, shelf, tmp_path, change, message
+):
+    spec = shelf.audit("lora")
+    change(spec, shelf, tmp_path)
+    path = written(tmp_path, spec)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["audit", path, "--out", str(tmp_path / "made" / "audit")]) == 2
+    captured = capfd.readouterr()
+    assert message in in_one_line(captured.err)
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*: No such file or directory; check the path"),
+        ("a: [", "is not valid YAML: .*; mend that line"),
+        ("- a", "holds no settings; start from the examples"),
+    ],
+)
+@pytest.mark.parametrize("command", ["audit", "protect", "sweep"])
+def test_a_file_that_holds_no_settings_is_refused(capsys, tmp_path, command, content, message):
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_text(content)
+    rest = ["release", "--recipe", str(path)] if command == "sweep" else [str(path), "--out", "out"]
+    assert main([command, *rest]) == 2
+    assert re.search(message, in_one_line(capsys.readouterr().err))
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(capsys, shelf, tmp_path):
+    path = written(tmp_path, shelf.audit("lora"))
+    assert main(["audit", path, "--out", path]) == 2
+    assert "audit.yaml is a file, not a folder" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_missing_library_is_named_with_the_remedy(capsys, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "trap2.recipes")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert main(["audit", "a.yaml", "--out", str(tmp_path / "out")]) == 2
+    shown = in_one_line(capsys.readouterr().err)
+    assert "audit needs 'yaml', which is not installed; pip install 'trap2[run]'" in shown
+
+
+def unblock() -> None:
+    """A test run in the background would hand its ignored Ctrl-C on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
+    many = [i / 1000 for i in range(2000)]
+    path = written(tmp_path, shelf.audit("lora", coefficients=many))
+    command = [sys.executable, "-m", "trap2", "audit", path, "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=unblock,
+    ) as running:
+        seen = b""
+        while b"on the release, one coefficient" not in seen:
+            piece = os.read(running.stderr.fileno(), 4096)
+            assert piece, seen.decode()
+            seen += piece
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err.decode().splitlines()[-1] == "trap2: interrupted; what was finished is kept"
+    assert b"Traceback" not in seen + err
+    assert out == b""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit.yaml"]

@@ -1,0 +1,106 @@
+"""The record of an audit: its fixed names, and that it comes back from disk as it was."""
+
+import json
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from reporting.samples import build_report
+from trap2 import schema
+from trap2.errors import UserError
+from trap2.schema import Report, ScalePoint
+
+FIELDS = {
+    "Report": "schema_version release references utility_cost scale_curve control_scale_curve "
+    "attacks frontier tiers verdict limits settings versions machine seed digests rows created "
+    "seconds",
+    "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
+    "References": "base standalone control control_base chance relabelled partners",
+    "RelabelledReferences": "rows base standalone control control_base",
+    "ScalePoint": "s accuracy loss",
+    "PartnerScore": "merged without_release",
+    "AttackResult": "name tier params merged retained admissible unconstrained_retained partners "
+    "control_params control_merged control_retained control_admissible relabel_rows evaluations",
+    "FrontierPoint": "attack params retained partners_retained of",
+    "TierResult": "unmergeability worst_attack control_unmergeability by_rows control_by_rows "
+    "verdict",
+}
+"""Names on disk of schema version 1: one that goes or changes makes a new version."""
+
+
+def test_the_names_of_schema_version_1_are_fixed():
+    assert schema.SCHEMA_VERSION == 1
+    found = {name: set(getattr(schema, name).model_fields) for name in FIELDS}
+    assert found == {name: set(fields.split()) for name, fields in FIELDS.items()}
+    records = {c.__name__ for c in schema.Record.__subclasses__()}
+    assert records == set(FIELDS)
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_a_report_comes_back_from_disk_as_it_was(tmp_path, control):
+    report = build_report(control, name="Ünïcode <b>")
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == report
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert written["schema_version"] == 1
+    assert written["release"]["kind"] == "lora"
+    assert set(written["scale_curve"][0]) == {"s", "accuracy", "loss"}
+    assert written["attacks"][0]["partners"]["sst2"] == {
+        "merged": pytest.approx(0.97 * 0.828),
+        "without_release": 0.828,
+    }
+
+
+def changed(tmp_path, change):
+    path = tmp_path / "report.json"
+    build_report().save(path)
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(schema_version=2), "schema_version 2, this version reads 1; use the"),
+        (lambda r: r.pop("schema_version"), "schema_version None, this version reads 1"),
+        (lambda r: r.pop("tiers"), "not a whole report: tiers: .* run the audit again"),
+        (lambda r: r.update(more=1), "not a whole report: more: "),
+        (lambda r: r["references"].update(base=1.5), "references.base: .* run the audit again"),
+        (lambda r: r["tiers"]["T1"].update(verdict="fine"), "tiers.T1.verdict: "),
+        (lambda r: r["tiers"].update(T9=r["tiers"]["T1"]), "not a whole report: tiers.T9"),
+    ],
+)
+def test_a_record_that_is_none_is_refused_in_one_line(tmp_path, change, message):
+    path = changed(tmp_path, change)
+    with pytest.raises(UserError, match=message) as caught:
+        Report.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*report\.json: No such file"):
+        Report.load(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text('{"schema_version": 1,')
+    with pytest.raises(UserError, match="is not valid JSON"):
+        Report.load(tmp_path / "report.json")
+
+
+def test_a_record_is_not_changed_after_the_fact():
+    report = build_report()
+    with pytest.raises(ValidationError, match="frozen"):
+        report.verdict = "holds against everything"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_record_holds_no_nan(value):
+    with pytest.raises(ValidationError, match="finite"):
+        ScalePoint(s=1.0, accuracy=0.5, loss=value)
+
+
+def test_older_records_without_the_controls_own_base_are_read(tmp_path):
+    path = changed(tmp_path, lambda r: r["references"].pop("control_base"))
+    assert Report.load(path).references.control_base is None
