@@ -73,8 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "low": PAPER.low,
         "high": PAPER.high,
         "focus": PAPER.focus,
-        "warmup_steps": 0,
-        "ramp_steps": 0,
+        "warmup": 0,
+        "ramp": 0,
         "weighting": PAPER.weighting,
     },
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
@@ -209,7 +209,7 @@ def step_cost(data: Path, method: str, work: Path, repeats: int = 15) -> dict[st
     model = trainable(build(base, recipe.task, load_encoder(base), inputs), recipe).train()
     rows = EncodedRows(inputs, load_rows(recipe.task, "train"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    started = Trap2Config(warmup_steps=0, ramp_steps=0)
+    started = Trap2Config(warmup=0, ramp=0)
     protectors = {
         "plain": Protector(model, Trap2Config(strength=0)),
         "protected": Protector(model, started),

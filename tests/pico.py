@@ -84,7 +84,7 @@ def recipe(base: Path, spec: dict, method: str = "lora", steps: int = 8, **trap2
             "lr_warmup_steps": 1,
             "evaluate_every": max(1, steps // 2),
         },
-        "trap2": {"warmup_steps": 1, "ramp_steps": 1, **trap2},
+        "trap2": {"warmup": 1, "ramp": 1, **trap2},
     }
 
 

@@ -282,9 +282,9 @@ def test_a_bad_change_is_refused(tmp_path: Path, change: str, message: str) -> N
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("warmup_steps", "soon", "trap2.warmup_steps='soon' is no int; correct it"),
-        ("warmup_steps", 1.5, "trap2.warmup_steps=1.5 is no int; correct it"),
-        ("ramp_steps", float("inf"), "trap2.ramp_steps=inf is no int; correct it"),
+        ("warmup", "soon", "trap2.warmup='soon' is no int; correct it"),
+        ("warmup", 1.5, "trap2.warmup=1.5 is no int; correct it"),
+        ("ramp", float("inf"), "trap2.ramp=inf is no int; correct it"),
         ("strength", "strong", "trap2.strength='strong' is no float; correct it"),
         ("strength", -1, "strength=-1.0 is out of range; it must be "),
         ("strength", float("nan"), "strength=nan is out of range; it must be "),

@@ -72,7 +72,10 @@ def test_focus_draws_its_share_from_the_neighbourhood_of_one() -> None:
 
 @pytest.mark.parametrize(
     ("values", "wording"),
-    [({"focus": 1.5}, "focus=1.5, near=0.3"), ({"focus": 0.5, "near": 0.05}, "focus=0.5, near=0.")],
+    [
+        ({"focus": 1.5, "near": 0.3}, "focus=1.5, near=0.3"),
+        ({"focus": 0.5, "near": 0.05}, "focus=0.5, near=0.05"),
+    ],
 )
 def test_an_impossible_neighbourhood_is_refused(values: dict[str, float], wording: str) -> None:
     with pytest.raises(UserError) as caught:

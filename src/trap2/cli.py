@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="protect, attack and audit a real encoder on real text")
     demo.add_argument("--out", type=Path, default=Path("build/demo"), help="where everything goes")
     demo.add_argument("--overwrite", action="store_true", help="start again from nothing")
-    demo.add_argument("--short", action="store_true", help="a minute: checks that it all runs")
+    demo.add_argument("--short", action="store_true", help="few steps and rows: it runs")
     demo.set_defaults(run=_demo)
     return top
 

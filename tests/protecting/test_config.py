@@ -33,8 +33,8 @@ def test_the_settings_pass_through_the_argument_parser() -> None:
         ({"fraction": 0.0}, r"must lie in \(0, 1\]"),
         ({"fraction": 1.1}, r"must lie in \(0, 1\]"),
         ({"scales_per_step": 0}, "must be 1 or more"),
-        ({"warmup_steps": -1}, "must be 0 or more"),
-        ({"ramp_steps": -5}, "must be 0 or more"),
+        ({"warmup": -1}, "must be 0 or more"),
+        ({"ramp": -5}, "must be 0 or more"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_rule(values: dict, rule: str) -> None:
@@ -58,11 +58,11 @@ def test_an_unknown_trap_loss_is_refused_with_a_suggestion() -> None:
 
 
 def test_the_trap_waits_for_the_warm_up_and_then_ramps_linearly() -> None:
-    config = Trap2Config(strength=0.6, warmup_steps=3, ramp_steps=4)
+    config = Trap2Config(strength=0.6, warmup=3, ramp=4)
     strengths = [config.strength_at(step) for step in range(9)]
     assert strengths == pytest.approx([0, 0, 0, 0.15, 0.3, 0.45, 0.6, 0.6, 0.6])
     assert strengths[:3] == [0.0, 0.0, 0.0]
-    assert Trap2Config(strength=0.6, warmup_steps=0, ramp_steps=0).strength_at(0) == 0.6
+    assert Trap2Config(strength=0.6, warmup=0, ramp=0).strength_at(0) == 0.6
 
 
 def test_the_law_is_the_configured_one() -> None:
@@ -77,5 +77,7 @@ def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:
     assert (paper.low, paper.high, paper.band, paper.weighting) == (0.05, 2.0, 0.05, "inverse")
     assert paper.focus == 0.0  # a uniform law
     assert (paper.fraction, paper.scales_per_step, paper.strength_at(0)) == (1.0, 1, 0.01)
-    assert Trap2Config.paper(strength=0.1, seed=4) == Trap2Config.paper(seed=4, strength=0.1)
+    assert Trap2Config.paper(strength=0.1, scale_seed=4) == Trap2Config.paper(
+        scale_seed=4, strength=0.1
+    )
     assert Trap2Config.paper(low=0.1).low == 0.1

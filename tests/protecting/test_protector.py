@@ -15,7 +15,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup_steps=0, ramp_steps=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
 
 
 def bert(dropout: float = 0.0) -> nn.Module:
@@ -108,7 +108,7 @@ def test_the_users_random_stream_is_that_of_the_plain_loop(
     model = make(0.2)
     plain, plain_states = train(model, lambda batch: model(**batch).loss.backward(), 5)
     again = make(0.2)
-    config = Trap2Config(warmup_steps=2, ramp_steps=2, scales_per_step=2)
+    config = Trap2Config(warmup=2, ramp=2, scales_per_step=2)
     protector = Protector(again, config)
     ours, states = train(again, protector.backward, 5)
     assert protector.last is not None
@@ -172,7 +172,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        protector = Protector(model, Trap2Config(warmup_steps=0, ramp_steps=0))
+        protector = Protector(model, Trap2Config(warmup=0, ramp=0))
         move(model)
         torch.manual_seed(3)
         protector.backward(batches(1)[0])
@@ -264,7 +264,7 @@ def test_weights_are_untouched_by_a_step_and_by_a_failing_one() -> None:
 
 
 def test_a_resumed_run_draws_the_scales_and_reaches_the_weights_of_an_unbroken_one() -> None:
-    config = Trap2Config(warmup_steps=1, ramp_steps=3)
+    config = Trap2Config(warmup=1, ramp=3)
 
     def steps(
         model: nn.Module, protector: Protector, optimizer: Any, data: list
@@ -315,7 +315,7 @@ def test_a_model_without_logits_can_be_protected_with_hinge() -> None:
         return Outcome(F.mse_loss(model(batch["x"]), batch["y"]))
 
     batch = {"x": torch.randn(4, 4), "y": torch.randn(4, 2)}
-    settings = {"readout_weight": 0.0, "warmup_steps": 0, "ramp_steps": 0}
+    settings = {"readout_weight": 0.0, "warmup": 0, "ramp": 0}
     protector = Protector(model, Trap2Config(loss="hinge", **settings), forward=regression)
     protector.backward(batch)
     assert protector.last is not None

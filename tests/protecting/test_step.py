@@ -184,8 +184,8 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
         readout_weight=0.5 if loss == "decoy" else 0.0,
         fraction=0.75,
         scales_per_step=2,
-        warmup_steps=0,
-        ramp_steps=0,
+        warmup=0,
+        ramp=0,
     )
     protector = Protector(case.model, config)
     case.moved()
@@ -201,7 +201,7 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
 @pytest.mark.parametrize("name", ["bert lora", "bert full"])
 def test_the_paper_preset_is_the_papers_formula(name: str) -> None:
     case = Case(name)
-    protector = Protector(case.model, Trap2Config.paper(seed=9))
+    protector = Protector(case.model, Trap2Config.paper(scale_seed=9))
     case.moved()
     protector.backward(case.batch)
     assert protector.last is not None
@@ -227,7 +227,7 @@ def tiny() -> tuple[nn.Linear, LiveUpdate]:
     return model, update
 
 
-ALWAYS = Trap2Config(loss="hinge", readout_weight=0.0, warmup_steps=0, ramp_steps=0)
+ALWAYS = Trap2Config(loss="hinge", readout_weight=0.0, warmup=0, ramp=0)
 
 
 def test_a_step_records_what_it_did() -> None:
@@ -239,7 +239,7 @@ def test_a_step_records_what_it_did() -> None:
         return model.weight.sum() * 0 + float(part)
 
     config = Trap2Config(
-        strength=0.5, scales_per_step=3, weighting="inverse_sqrt", warmup_steps=2, ramp_steps=2
+        strength=0.5, scales_per_step=3, weighting="inverse_sqrt", warmup=2, ramp=2
     )
 
     def nominal() -> Tensor:
@@ -282,7 +282,7 @@ def test_the_scaled_pass_replays_the_nominal_passes_randomness() -> None:
         drawn.append(torch.rand(4))
         return drawn[-1].sum()
 
-    config = Trap2Config(scales_per_step=2, warmup_steps=0, ramp_steps=0)
+    config = Trap2Config(scales_per_step=2, warmup=0, ramp=0)
     torch.manual_seed(3)
     trap_step(draw, lambda part, factor: draw(), update=update, config=config, step=0)
     after = torch.get_rng_state()

@@ -22,7 +22,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.protector import Protector
 from trap2.protecting.trainer import protect_trainer
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup_steps=0, ramp_steps=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
 OFF = Trap2Config(strength=0.0)
 
 
@@ -147,7 +147,7 @@ def test_strength_zero_and_the_random_stream_are_those_of_the_plain_trainer(
     assert torch.equal(control_stream, stream)
     assert control_order == order
     protected, protected_stream, protected_order, trainer = run(
-        Trap2Config(warmup_steps=1, ramp_steps=2, scales_per_step=2)
+        Trap2Config(warmup=1, ramp=2, scales_per_step=2)
     )
     assert trainer.last.trap is not None
     assert torch.equal(protected_stream, stream)
@@ -165,7 +165,7 @@ def test_logs_hold_the_nominal_loss_and_the_traps_own_numbers(tmp_path: Path) ->
         trainer.train()
         return [entry for entry in trainer.state.log_history if "loss" in entry], trainer
 
-    config = Trap2Config(strength=0.4, readout_weight=0.0, warmup_steps=1, ramp_steps=2)
+    config = Trap2Config(strength=0.4, readout_weight=0.0, warmup=1, ramp=2)
     protected, trainer = run(protect_trainer(Trainer), trap2=config)
     plain, _ = run(Trainer)
     # Neither the first loss nor the second has seen a trapped optimizer step.
@@ -180,7 +180,7 @@ def test_logs_hold_the_nominal_loss_and_the_traps_own_numbers(tmp_path: Path) ->
 
 
 def test_the_trainer_form_is_the_loop_form(tmp_path: Path) -> None:
-    config = Trap2Config(warmup_steps=1, ramp_steps=0, fraction=0.5, scales_per_step=2)
+    config = Trap2Config(warmup=1, ramp=0, fraction=0.5, scales_per_step=2)
     args = arguments(
         tmp_path, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=3
     )
@@ -212,7 +212,7 @@ ACCUMULATING = {
     "the head ignores the count, ascent": (
         lora,
         {},
-        Trap2Config(loss="ascent", readout_weight=0.0, warmup_steps=0, ramp_steps=0),
+        Trap2Config(loss="ascent", readout_weight=0.0, warmup=0, ramp=0),
         1e-9,
     ),
 }

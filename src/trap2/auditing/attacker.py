@@ -122,7 +122,7 @@ class Attacker:
         self.arena.progress.say(f"{name} on the {self.side}, one coefficient per model")
         rows = max(self._spec.relabel_rows, default=0)
         mixtures = self.explored.setdefault(name, list(self._grid(name)))
-        starts = [self._best(name, mixtures, rows).mixture, *self._starts(name)]
+        starts = [self._best(name, mixtures, rows, score=False).mixture, *self._starts(name)]
         for start in dict.fromkeys(starts):
             mixtures.append(start)
             self._partners_keep(start)

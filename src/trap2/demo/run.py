@@ -30,7 +30,7 @@ PROTECTED, PARTNERS = "section", ("library", "topic")
 
 TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 100}
 STEPS = {"protected": 400, "control": 400, "partner": 200}
-TRAP = {"warmup_steps": 60, "ramp_steps": 100}
+TRAP = {"warmup": 60, "ramp": 100}
 ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic", "ties", "dare_ties"],
     "coefficients": [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.3],
@@ -116,7 +116,7 @@ def _release(out: Path, name: str, task: DemoTask, role: str, short: bool) -> No
     trap: dict[str, Any] = TRAP if role == "protected" else {"strength": 0}
     if short:
         training |= {"steps": 8, "batch_size": 8, "evaluate_every": 4}
-        trap = trap | {"warmup_steps": 2, "ramp_steps": 2}
+        trap = trap | {"warmup": 2, "ramp": 2}
     recipe = {
         "base": str(encoder_folder()),
         "task": _task(task, ".."),

@@ -35,9 +35,9 @@ class Trap2Config:
     weighting: str = _setting("uniform", "weight of a scale: inverse | inverse_sqrt | uniform")
     fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
-    warmup_steps: int = _setting(100, "plain steps before the trap starts")
-    ramp_steps: int = _setting(150, "steps over which the trap grows to its full strength")
-    seed: int = _setting(0, "seed of the scales")
+    warmup: int = _setting(100, "plain steps before the trap starts")
+    ramp: int = _setting(150, "steps over which the trap grows to its full strength")
+    scale_seed: int = _setting(0, "seed of the scales")
 
     def __post_init__(self) -> None:
         TRAP_LOSSES.get(self.loss)
@@ -46,8 +46,8 @@ class Trap2Config:
             "readout_weight": (0 <= self.readout_weight < math.inf, "must be finite and 0 or more"),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
-            "warmup_steps": (self.warmup_steps >= 0, "must be 0 or more"),
-            "ramp_steps": (self.ramp_steps >= 0, "must be 0 or more"),
+            "warmup": (self.warmup >= 0, "must be 0 or more"),
+            "ramp": (self.ramp >= 0, "must be 0 or more"),
         }
         for name, (sound, rule) in limits.items():
             if not sound:
@@ -68,10 +68,10 @@ class Trap2Config:
 
     def strength_at(self, step: int) -> float:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
-        since = step - self.warmup_steps + 1
+        since = step - self.warmup + 1
         if since <= 0:
             return 0.0
-        return self.strength * min(1.0, since / max(1, self.ramp_steps))
+        return self.strength * min(1.0, since / max(1, self.ramp))
 
     @classmethod
     def paper(cls, **changes: Any) -> "Trap2Config":
@@ -84,7 +84,7 @@ class Trap2Config:
             "high": 2.0,
             "focus": 0.0,
             "weighting": "inverse",
-            "warmup_steps": 0,
-            "ramp_steps": 0,
+            "warmup": 0,
+            "ramp": 0,
         }
         return cls(**{**published, **changes})

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -33,6 +34,9 @@ from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.model import DescriptionClassifier, Inputs, base_folder, build, load_encoder
 from trap2.tasks.relabel import cross_validated_accuracy
+
+TORCH_SAVE = "inline_container"
+"""The only sign that `torch.save` could not write: a `RuntimeError` that names its own source."""
 
 
 class EncodedRows(Dataset[dict[str, Any]]):
@@ -73,7 +77,7 @@ def protect(
         UserError: The recipe, the data or the base is not acceptable.
         TrainingStopped: A loss became NaN or infinite; checkpoints stay in `<out>.work`.
     """
-    config: Trap2Config = config_from({"seed": recipe.seed, **recipe.trap2}, Trap2Config)
+    config: Trap2Config = config_from({"scale_seed": recipe.seed, **recipe.trap2}, Trap2Config)
     refuse_existing(out, overwrite)
     work = out.with_name(out.name + ".work")
     _check_claim(work, recipe, resume, overwrite)
@@ -97,6 +101,8 @@ def protect(
         data_collator=data.collate,
         trap2=config,
     )
+    # Heads ignore the trainer's item count, so the division by accumulation steps is the trainer's.
+    trainer.model_accepts_loss_kwargs = False
     best = BestCandidate(trainer, validation, base_leak, recipe.training.evaluate_every, work)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
@@ -105,9 +111,12 @@ def protect(
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work) if resume else None)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and TORCH_SAVE not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot write checkpoints in {work}: {error}; free space, then go on with --resume"
+            f"cannot write checkpoints in {work}: {reason}; free space, then go on with --resume"
         ) from error
     best.restore()
     with new_folder(out, overwrite) as folder:
@@ -128,9 +137,9 @@ def protect(
 
 
 class ByLength(LengthGroupedSampler):
-    """Batches of like length, in an order drawn anew from (seed, epoch): a resume finds it again."""
+    """Batches of like length, in an order drawn from (seed, epoch): a resume finds it again."""
 
-    def __init__(self, batch_size: int, rows: EncodedRows, seed: int) -> None:
+    def __init__(self, batch_size: int, rows: Any, seed: int) -> None:
         super().__init__(batch_size, dataset=rows)
         self._seed, self._epoch = seed, 0
 
@@ -140,7 +149,8 @@ class ByLength(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(1_000_003 * self._seed + self._epoch)
-        return iter(super().__iter__())
+        order: Iterator[int] = super().__iter__()  # type: ignore[no-untyped-call]
+        return order
 
 
 class EpochTrainer(Trainer):
@@ -216,10 +226,18 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"lora.targets={spec.targets}: {reason}; name modules it has") from error
     adapted.peft_config["default"].base_model_name_or_path = recipe.base
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            # An adapter does not carry running statistics: train with the base's own.
+            module.register_forward_pre_hook(_in_evaluation_mode)
     if described:
         model.encoder = adapted
         return model
     return cast(nn.Module, adapted)
+
+
+def _in_evaluation_mode(layer: nn.Module, inputs: Any) -> None:
+    layer.eval()
 
 
 def _heads(model: nn.Module) -> list[str]:

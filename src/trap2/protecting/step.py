@@ -58,7 +58,7 @@ def trap_step(
     strength = config.strength_at(step)
     if strength == 0.0:
         return StepRecord(loss, None, ())
-    scales = config.law.draw(config.seed, step, config.scales_per_step)
+    scales = config.law.draw(config.scale_seed, step, config.scales_per_step)
     trap = 0.0
     for part, s in enumerate(scales):
         factor = strength * config.law.weight(s) / len(scales)
@@ -72,7 +72,7 @@ def _finite(loss: Tensor, what: str, step: int) -> float:
     if not math.isfinite(value):
         raise TrainingStopped(
             f"{what} is {value} at step {step}; training stopped before the weights took it: "
-            "lower the learning rate or the strength and resume from the last checkpoint"
+            "lower the learning rate or the strength and start again"
         )
     return value
 
