@@ -28,7 +28,8 @@ from trap2.files import read_json, write_json, write_text
 from trap2.progress import audit_bar
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.protector import Protector
-from trap2.protecting.run import EncodedRows, protect, trainable
+from trap2.protecting.run import EncodedRows, protect
+from trap2.protecting.trainable import trainable
 from trap2.provenance import machine, versions
 from trap2.recipes import AuditSpec, Recipe, load
 from trap2.schema import Report
@@ -88,7 +89,12 @@ STEPS = 600
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
 ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic", "ties", "dare_ties"],
-    "coefficients": [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25],
+    "coefficients": {
+        "task_arithmetic": [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25],
+        # averaging methods leave each model well below its coefficient
+        "ties": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
+        "dare_ties": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
+    },
     "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
     "validation_rows": 300,
     "test_rows": 500,

@@ -124,14 +124,17 @@ class AttackerSpec(Settings):
     """What the attacker may spend."""
 
     attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
-    coefficients: list[float] | None = Field(
-        None, description="shared coefficients tried in T1 and T2; each attack's own by default"
+    coefficients: list[float] | dict[str, list[float]] | None = Field(
+        None, description="shared coefficients tried in T1 and T2, for all attacks or by attack"
     )
     grids: dict[str, dict[str, list[float]]] = Field(
         default_factory=dict, description="values of an attack's own parameters"
     )
     t3_attacks: list[str] = ["task_arithmetic"]
     t3_values: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2], min_length=2)
+    t3_starts: list[float] = Field(
+        [0.2, 0.4, 0.6, 0.8], description="coefficients of the partners beside the release at 1"
+    )
     t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
     relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
     partners_keep: float = Field(0.95, gt=0, le=1)

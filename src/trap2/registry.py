@@ -21,7 +21,7 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Named objects of one kind, in the order of registration.
+    """Named objects of one kind, in alphabetical order: imports in another order change nothing.
 
     Args:
         kind: What is registered, as it reads in an error message ("attack", "trap loss").
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
             UserError: Nothing has that name; the message lists what there is.
         """
         if name not in self._entries:
-            known = list(self._entries)
+            known = sorted(self._entries)
             raise UserError(
                 f"no {self.kind} is called '{name}';{did_you_mean(name, known)} "
                 f"known: {', '.join(known)}"
@@ -57,7 +57,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(sorted(self._entries))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -313,6 +313,19 @@ def test_without_shared_coefficients_each_attack_has_its_own():
         assert tuple(tried) == load_attacks().get(name).coefficients
 
 
+def test_coefficients_and_starts_can_be_given_by_attack():
+    given = {"coefficients": {"ties": [0.0, 2.5]}, "grids": {"ties": {"density": [1.0]}}}
+    attacker = Attacker(Table(only({}), t3_starts=[0.25], **given), RELEASE)
+    for name, expected in (
+        ("ties", (0.0, 2.5)),
+        ("task_arithmetic", load_attacks().get("task_arithmetic").coefficients),
+    ):
+        list(attacker.shared(name))
+        assert tuple(dict.fromkeys(m.coefficients[0] for m in attacker.explored[name])) == expected
+    list(attacker.per_model("task_arithmetic"))
+    assert (1.0, 0.25, 0.25) in {m.coefficients for m in attacker.explored["task_arithmetic"]}
+
+
 def three_or_more(monkeypatch, tiers=TIERS, models: tuple[int, int | None] = (3, None)) -> None:
     entry = Attack(
         "mine", "https://example.org", tiers, lambda: [], {}, models, False, (1.0,), equal
@@ -329,12 +342,16 @@ def plan(models: int = 3, **spec: Any) -> None:
     ("spec", "message"),
     [
         ({"attacks": ["tise"]}, "no attack is called 'tise'; did you mean 'ties'\\? known: "),
-        ({"t3_attacks": ["nope"]}, "no attack is called 'nope'; known: task_arithmetic, ties"),
+        (
+            {"t3_attacks": ["nope"]},
+            "no attack is called 'nope'; known: dare_ties, mine, slerp, task_arithmetic, ties",
+        ),
         ({"grids": {"tie": {}}}, "no attack is called 'tie'; did you mean 'ties'"),
         (
             {"grids": {"ties": {"densty": [1]}}},
             "attacker.grids.ties.densty is no parameter of 'ties'; it has: density",
         ),
+        ({"coefficients": {"tie": [1.0]}}, "no attack is called 'tie'; did you mean 'ties'"),
         ({"attacks": [], "t3_attacks": []}, "are both empty, so nothing would be tried; known: "),
         ({"attacks": ["slerp"], "coefficients": [1.5]}, "'slerp' takes coefficients from 0 to 1"),
         ({"t3_attacks": ["slerp"]}, "'slerp' cannot merge 3 models with one coefficient each"),

@@ -2,7 +2,7 @@ import math
 from dataclasses import fields
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from trap2.errors import UserError
 from trap2.protecting.config import Trap2Config
@@ -21,6 +21,14 @@ def test_the_settings_pass_through_the_argument_parser() -> None:
     for item in fields(Trap2Config):
         assert f"--{item.name}" in text
         assert item.metadata["help"]
+
+
+def test_a_script_reads_the_settings_beside_the_trainers_own() -> None:
+    parser = HfArgumentParser((TrainingArguments, Trap2Config))
+    words = ["--output_dir", "x", "--warmup_steps", "7", "--warmup", "3", "--seed", "5"]
+    arguments, trap2 = parser.parse_args_into_dataclasses(words)
+    assert (arguments.warmup_steps, arguments.seed) == (7, 5)
+    assert (trap2.warmup, trap2.scale_seed) == (3, 0)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,10 @@ from trap2.checkpoint import Checkpoint
 from trap2.errors import TrainingStopped, UserError
 from trap2.files import file_digest
 from trap2.protecting import run
-from trap2.protecting.run import BestCandidate, protect, trainable
+from trap2.protecting.callbacks import BestCandidate
+from trap2.protecting.run import protect
 from trap2.protecting.scaled import LiveUpdate
+from trap2.protecting.trainable import trainable
 from trap2.recipes import Recipe
 from trap2.tasks.data import load_rows
 from trap2.tasks.evaluate import Evaluation
@@ -316,8 +318,8 @@ def test_a_control_is_the_same_run_until_the_trap_starts(
         watch.losses = losses[strength] = {}
         protect(text(strength=strength), tmp_path / str(strength))
     shown = capsys.readouterr().err
-    assert "words protected" in shown
-    assert "words control" in shown
+    assert "words with the trap" in shown
+    assert "words without a trap" in shown
     protected, control = losses[0.3], losses[0.0]
     assert list(protected) == list(control) == list(range(1, 9))
     # Two plain steps, and the loss of the third is read before its update.

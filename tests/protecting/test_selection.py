@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trap2.errors import TrainingStopped
-from trap2.protecting.run import BestCandidate
+from trap2.protecting.callbacks import BestCandidate
 from trap2.protecting.selection import PROBED_SCALES, Candidate, judge
 from trap2.tasks.evaluate import Evaluation
 

@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_weights_in_place(bad: float, w
         )
     assert str(caught.value) == (
         f"{what} is {bad} at step 7; training stopped before the weights took it: "
-        "lower the learning rate or the strength and resume from the last checkpoint"
+        "lower the learning rate or the strength and start again"
     )
     assert torch.equal(model.weight, before)
     assert not any(p._backward_hooks for p in model.parameters())

@@ -69,6 +69,8 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
         )
     for name, grid in spec.grids.items():
         _settings(attacks.get(name), grid)
+    for name in spec.coefficients if isinstance(spec.coefficients, dict) else ():
+        attacks.get(name)  # a name without an attack would be ignored
     for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks]):
         if attack.models[0] > models:
             raise UserError(
@@ -165,7 +167,7 @@ class Attacker:
         return [
             Mixture(name, members, (1.0, *(c for _ in self.arena.partners)), params)
             for params in unique
-            for c in (0.2, 0.4, 0.6, 0.8)
+            for c in self._spec.t3_starts
         ]
 
     def _grid(self, name: str) -> Iterator[Mixture]:
@@ -294,7 +296,9 @@ def _teams(attack: Attack, side: str, partners: tuple[str, ...]) -> list[tuple[s
 
 def _shared_coefficients(attack: Attack, spec: AttackerSpec) -> list[float]:
     """The shared coefficients tried; places on a way from one model to another end at 0 and 1."""
-    values = spec.coefficients or attack.coefficients
+    given = spec.coefficients
+    chosen = given.get(attack.name) if isinstance(given, dict) else given
+    values = chosen or attack.coefficients
     between = attack.spread is not equal
     return [value for value in values if not between or 0 <= value <= 1]
 

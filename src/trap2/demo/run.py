@@ -32,13 +32,18 @@ TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 100}
 STEPS = {"protected": 400, "control": 400, "partner": 200}
 TRAP = {"warmup": 60, "ramp": 100}
 ATTACKER: dict[str, Any] = {
-    "attacks": ["task_arithmetic", "ties", "dare_ties"],
-    "coefficients": [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.3],
-    "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
-    "t3_values": [0.0, 0.4, 0.7, 1.0, 1.2],
+    "attacks": ["task_arithmetic", "ties"],
+    "coefficients": {
+        "task_arithmetic": [0.0, 0.5, 0.7, 0.8, 0.9, 1.0],
+        "ties": [0.0, 1.0, 1.5, 2.0],  # it averages: each model stays well below its coefficient
+    },
+    "grids": {"ties": {"density": [0.2]}},
+    "t3_values": [0.0, 0.5, 1.0],
+    "t3_starts": [0.4, 0.7],
     "validation_rows": 300,
-    "test_rows": 400,
+    "test_rows": 300,
 }
+SCALES = [0.0, 0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5]
 SHORT_ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic"],
     "coefficients": [0.0, 0.5, 1.0],
@@ -143,6 +148,7 @@ def _task(task: DemoTask, root: str) -> dict[str, Any]:
         "classes": list(task.classes),
         "descriptions": list(task.descriptions),
         "max_length": 48,
+        "limit": {"validation": 300},
     }
 
 
@@ -158,6 +164,7 @@ def _audit(out: Path, tasks: dict[str, DemoTask], short: bool) -> Report:
             {"path": f"releases/{name}", "task": _task(tasks[name], ".")} for name in PARTNERS
         ],
         "attacker": SHORT_ATTACKER if short else ATTACKER,
+        "scales": SCALES,
         "seed": SEED,
     }
     write_text(out / "audit.yaml", yaml.safe_dump(spec, sort_keys=False))

@@ -10,29 +10,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from trap2.errors import UserError
 from trap2.files import new_folder, read_json, refuse_existing, write_json
+from trap2.protecting.callbacks import BestCandidate, ProgressBar
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.release import write_release
-from trap2.protecting.selection import Candidate, judge
+from trap2.protecting.trainable import checkpoint_activations, trainable
 from trap2.protecting.trainer import protect_trainer
 from trap2.recipes import Recipe, config_from
 from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
-from trap2.tasks.model import DescriptionClassifier, Inputs, base_folder, build, load_encoder
+from trap2.tasks.model import Inputs, base_folder, build, load_encoder
 from trap2.tasks.relabel import cross_validated_accuracy
 
 TORCH_SAVE = "inline_container"
@@ -90,7 +87,7 @@ def protect(
     base_leak = cross_validated_accuracy(validation(), len(validation.labels))
     data = EncodedRows(inputs, load_rows(recipe.task, "train", recipe.seed))
     if recipe.training.gradient_checkpointing:
-        _checkpoint_activations(encoder, recipe)
+        checkpoint_activations(encoder, recipe)
     model = validation.model = trainable(model, recipe)
     if not resume:
         _claim(work, recipe)
@@ -164,7 +161,7 @@ class EpochTrainer(Trainer):
 
 
 def _kind(config: Trap2Config) -> str:
-    return "control" if config.strength == 0 else "protected"
+    return "without a trap" if config.strength == 0 else "with the trap"
 
 
 def _check_claim(work: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -189,76 +186,6 @@ def _claim(work: Path, recipe: Recipe) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / "recipe.json", json.loads(recipe.model_dump_json()))
-
-
-def _checkpoint_activations(encoder: Any, recipe: Recipe) -> None:
-    """Recompute activations in the backward pass; done here because a head may hide the encoder."""
-    try:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(
-            f"base {recipe.base} does not support training.gradient_checkpointing; set it to false"
-        ) from error
-
-
-def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Make the model's encoder trainable as the recipe says: an adapter on it, or all of it."""
-    described = isinstance(model, DescriptionClassifier)
-    if recipe.method == "full":
-        for name, parameter in model.named_parameters():
-            # A description head reads hidden states: the pooler gets no gradient.
-            parameter.requires_grad = not (described and "pooler" in name)
-        return model
-    spec = recipe.lora
-    encoder: Any = model.encoder if described else model
-    heads = [] if described else _heads(model)
-    adapter = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type]
-        lora_dropout=spec.dropout,
-        use_rslora=spec.rslora,
-        target_modules=_targets(encoder, heads) if spec.targets == "all-linear" else spec.targets,
-        modules_to_save=heads or None,
-    )
-    try:
-        adapted: Any = get_peft_model(encoder, adapter)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"lora.targets={spec.targets}: {reason}; name modules it has") from error
-    adapted.peft_config["default"].base_model_name_or_path = recipe.base
-    for module in encoder.modules():
-        if isinstance(module, _BatchNorm):
-            # An adapter does not carry running statistics: train with the base's own.
-            module.register_forward_pre_hook(_in_evaluation_mode)
-    if described:
-        model.encoder = adapted
-        return model
-    return cast(nn.Module, adapted)
-
-
-def _in_evaluation_mode(layer: nn.Module, inputs: Any) -> None:
-    layer.eval()
-
-
-def _heads(model: nn.Module) -> list[str]:
-    """Modules with weights outside the encoder: the task's own, to be released whole."""
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
-
-
-def _targets(encoder: nn.Module, heads: list[str]) -> list[str]:
-    """Every linear map of the encoder (pointwise convolutions are linear maps), in module order."""
-    names = []
-    for name, module in encoder.named_modules():
-        pointwise = (
-            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        )
-        if (isinstance(module, nn.Linear) or pointwise) and name.split(".")[0] not in heads:
-            names.append(name)
-    return [name for name in names if "pooler" not in name]
 
 
 def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
@@ -300,82 +227,3 @@ def _last_whole_checkpoint(work: Path) -> str | None:
             continue
         return str(folder)
     return None
-
-
-class BestCandidate(TrainerCallback):
-    """Judges the model every so many steps and keeps the best, on disk so that a resume has it."""
-
-    def __init__(
-        self, trainer: Any, validation: Evaluator, base_leak: float, every: int, work: Path
-    ) -> None:
-        self._trainer, self._validation, self._every = trainer, validation, every
-        self._base_leak, self._work = base_leak, work
-        self.history: list[Candidate] = []
-
-    @property
-    def chosen(self) -> Candidate:
-        """The best candidate; the later one on equal scores."""
-        return max(self.history, key=lambda candidate: (candidate.score, candidate.step))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """On a resume, take back what was judged before the checkpoint."""
-        path = self._work / "candidates.json"
-        if state.global_step > 0 and path.is_file():
-            kept = read_json(path)["candidates"]
-            self.history = [Candidate(**c) for c in kept if c["step"] <= state.global_step]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Judge; keep the weights if they are the best so far."""
-        if state.global_step % self._every and state.global_step != state.max_steps:
-            return
-        plain = self._trainer.trap2.strength == 0
-        candidate = judge(
-            self._trainer.update, self._validation, state.global_step, self._base_leak, plain
-        )
-        self.history = [c for c in self.history if c.step != candidate.step] + [candidate]
-        if self.chosen is candidate:
-            partial = self._weights(candidate).with_suffix(".partial")
-            save_file({n: p.detach().contiguous() for n, p in self._trained()}, partial)
-            partial.replace(self._weights(candidate))
-        write_json(
-            self._work / "candidates.json", {"candidates": [asdict(c) for c in self.history]}
-        )
-
-    def restore(self) -> None:
-        """Put the best candidate's weights back into the model."""
-        kept = load_file(self._weights(self.chosen))
-        with torch.no_grad():
-            for name, tensor in self._trained():
-                tensor.copy_(kept[name])
-
-    def _weights(self, candidate: Candidate) -> Path:
-        return self._work / f"candidate-{candidate.step}.safetensors"
-
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        """Trained parameters, and the buffers training moves (batch-norm statistics)."""
-        model = self._trainer.model
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        return trained + [(n, b) for n, b in model.named_buffers() if b.is_floating_point()]
-
-
-class ProgressBar(TrainerCallback):
-    """One line: steps, remaining time, nominal and trap loss."""
-
-    def __init__(self, trainer: Any, title: str) -> None:
-        self._trainer, self._title = trainer, title
-        self._bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._title)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance it."""
-        last = self._trainer.last
-        trap = "-" if last.trap is None else f"{last.trap:.3f}"
-        self._bar.set_postfix_str(f"nominal {last.nominal:.3f}, trap {trap}", refresh=False)
-        self._bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close it."""
-        self._bar.close()

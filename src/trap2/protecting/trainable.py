@@ -1,0 +1,81 @@
+"""Which weights of a model a recipe trains: an adapter on its encoder, or all of it."""
+
+from typing import Any, cast
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trap2.errors import UserError
+from trap2.recipes import Recipe
+from trap2.tasks.model import DescriptionClassifier
+
+
+def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Make the model's encoder trainable as the recipe says: an adapter on it, or all of it."""
+    described = isinstance(model, DescriptionClassifier)
+    if recipe.method == "full":
+        for name, parameter in model.named_parameters():
+            # A description head reads hidden states: the pooler gets no gradient.
+            parameter.requires_grad = not (described and "pooler" in name)
+        return model
+    spec = recipe.lora
+    encoder: Any = model.encoder if described else model
+    heads = [] if described else _heads(model)
+    adapter = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        target_modules=_targets(encoder, heads) if spec.targets == "all-linear" else spec.targets,
+        modules_to_save=heads or None,
+    )
+    try:
+        adapted: Any = get_peft_model(encoder, adapter)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"lora.targets={spec.targets}: {reason}; name modules it has") from error
+    adapted.peft_config["default"].base_model_name_or_path = recipe.base
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            # An adapter does not carry running statistics: train with the base's own.
+            module.register_forward_pre_hook(_in_evaluation_mode)
+    if described:
+        model.encoder = adapted
+        return model
+    return cast(nn.Module, adapted)
+
+
+def _in_evaluation_mode(layer: nn.Module, inputs: Any) -> None:
+    layer.eval()
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Modules with weights outside the encoder: the task's own, to be released whole."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def _targets(encoder: nn.Module, heads: list[str]) -> list[str]:
+    """Every linear map of the encoder (pointwise convolutions are linear maps), in module order."""
+    names = []
+    for name, module in encoder.named_modules():
+        pointwise = (
+            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+        )
+        if (isinstance(module, nn.Linear) or pointwise) and name.split(".")[0] not in heads:
+            names.append(name)
+    return [name for name in names if "pooler" not in name]
+
+
+def checkpoint_activations(encoder: Any, recipe: Recipe) -> None:
+    """Recompute activations in the backward pass; done here because a head may hide the encoder."""
+    try:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"base {recipe.base} does not support training.gradient_checkpointing; set it to false"
+        ) from error
