@@ -9,6 +9,7 @@ Accuracies, retained skill and unmergeability are fractions. Words are those of 
     merged m           the protected task in the merge the attacker chose
     retained R         clip((m - a0) / (a1 - a0), 0, 1)
     unmergeability U   1 - max R over the attacks of a tier and of the tiers before it
+    partners_keep      share of their skill that partners must keep for a merge to count
 """
 
 from pathlib import Path
@@ -143,6 +144,7 @@ class Report(Record):
     attacks: list[AttackResult]
     frontier: list[FrontierPoint]
     tiers: dict[Tier, TierResult]
+    partners_keep: Fraction = 0.95
     verdict: str
     limits: list[str]
     settings: dict[str, Any]

@@ -65,6 +65,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         attacks=attacks,
         frontier=_frontier(attackers),
         tiers=tiers,
+        partners_keep=spec.attacker.partners_keep,
         verdict=sentence(references, cost, tiers),
         limits=LIMITS,
         settings=spec.attacker.model_dump(mode="json"),

@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 
 from trap2.errors import UserError
 from trap2.files import write_text
-from trap2.reporting.text import REQUIRED_SHARE, clean, percent
+from trap2.reporting.text import clean, percent
 from trap2.schema import FrontierPoint, Report, ScalePoint
 
 _RELEASE: dict[str, Any] = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
@@ -66,14 +66,14 @@ def frontier_svg(report: Report) -> str:
         for who, look in (("release", _RELEASE), ("control", _CONTROL)):
             tried = [point for point in report.frontier if point.of == who]
             if tried:
-                label += _draw_frontier(axes, who, tried, look)
-        axes.axvspan(REQUIRED_SHARE, axes.get_xlim()[1], color="#009E73", alpha=0.1, lw=0)
+                label += _draw_frontier(axes, who, tried, look, report.partners_keep)
+        axes.axvspan(report.partners_keep, axes.get_xlim()[1], color="#009E73", alpha=0.1, lw=0)
         axes.axvline(
-            REQUIRED_SHARE,
+            report.partners_keep,
             color=_GREY,
             lw=1,
             ls="--",
-            label=f"admissible from {REQUIRED_SHARE:.0%}",
+            label=f"admissible from {report.partners_keep:.0%}",
         )
         axes.set(ylim=(-0.03, 1.03), xlabel="share of their skill that partners keep")
         axes.set_ylabel("retained skill, protected task")
@@ -133,7 +133,9 @@ def _draw_scale_curve(axes: Axes, report: Report) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _draw_frontier(axes: Axes, who: str, tried: list[FrontierPoint], look: dict[str, Any]) -> str:
+def _draw_frontier(
+    axes: Axes, who: str, tried: list[FrontierPoint], look: dict[str, Any], keep: float
+) -> str:
     """Draw one side's mixtures, their upper edge and the best that counts; return it in words."""
     axes.scatter(
         [_place(point) for point in tried],
@@ -150,7 +152,7 @@ def _draw_frontier(axes: Axes, who: str, tried: list[FrontierPoint], look: dict[
             edge.append(point)
     edge.reverse()
     best = max(
-        (point for point in edge if point.partners_retained >= REQUIRED_SHARE),
+        (point for point in edge if point.partners_retained >= keep),
         key=lambda point: point.retained,
         default=None,
     )

@@ -13,9 +13,6 @@ from statistics import fmean
 
 from trap2.schema import AttackResult, Params, PartnerScore, Report, ScalePoint
 
-REQUIRED_SHARE = 0.95
-"""What partners must keep, on average, for a merge to count (docs/method.md)."""
-
 TIERS = {
     "T1": "merges with one shared coefficient, tuned on validation rows",
     "T2": "T1, and re-labels the outputs by a map fitted on labelled rows",
