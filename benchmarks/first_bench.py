@@ -6,15 +6,17 @@ Fine-tunes MiniLM on `trec6`, `agnews`, `sst2`, `subj`, plainly (the control, an
 others) and with each setting of the trap, audits every protected release, measures the cost of a
 step, and writes `results/first_bench.json` and `.md`. Finished audits in the JSON are kept, so a
 run can be cut short and gone on with; `--tasks`, `--settings`, `--methods` and `--seeds` choose.
+Processes on different tasks may share the results: each adds its runs to what it finds there.
 Slow on purpose: about an hour per method, setting and seed on two cores.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +65,10 @@ TASKS: dict[str, dict[str, str]] = {
     },
 }
 
-DEFAULT = Trap2Config()
-PAPER = Trap2Config.paper()
+PAPER = asdict(Trap2Config.paper())
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {
-        "strength": PAPER.strength,
-        "loss": PAPER.loss,
-        "readout_weight": PAPER.readout_weight,
-        "low": PAPER.low,
-        "high": PAPER.high,
-        "focus": PAPER.focus,
-        "warmup": 0,
-        "ramp": 0,
-        "weighting": PAPER.weighting,
-    },
+    "paper": {key: value for key, value in PAPER.items() if key != "scale_seed"},
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
     "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},
     "decoy": {"loss": "decoy", "readout_weight": 0.0},
@@ -108,19 +99,24 @@ def main() -> None:
     if not (data / "trec6").is_dir():
         sys.exit(f"TRAP2_DATA: no folder {data / 'trec6'}; set it to the folder that holds text/")
     out = RESULTS / f"{chosen.name}.json"
-    runs: dict[str, Any] = read_json(out)["runs"] if out.is_file() else {}
-    cost = read_json(out).get("step_cost", {}) if out.is_file() else {}
+    plan = product(chosen.methods, chosen.seeds, chosen.settings, chosen.tasks)
+    for method, seed, setting, task in plan:
+        key = f"{method}/{setting}/{task}/{seed}"
+        if key not in known(out)[0]:
+            summary = _summary(_run(chosen.work, data, method, setting, task, seed))
+            runs, cost = known(out)
+            write_results(out, {**runs, key: summary}, cost)
     for method in chosen.methods:
-        if method not in cost:
-            cost[method] = step_cost(data, method, chosen.work)
-        for seed in chosen.seeds:
-            for setting in chosen.settings:
-                for task in chosen.tasks:
-                    key = f"{method}/{setting}/{task}/{seed}"
-                    if key not in runs:
-                        runs[key] = _summary(_run(chosen.work, data, method, setting, task, seed))
-                    write_results(out, runs, cost)
-    write_results(out, runs, cost)
+        if method not in known(out)[1]:
+            measured = step_cost(data, method, chosen.work)
+            runs, cost = known(out)
+            write_results(out, runs, {**cost, method: measured})
+
+
+def known(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The runs and step costs that the results file holds."""
+    record = read_json(out) if out.is_file() else {"runs": {}, "step_cost": {}}
+    return record["runs"], record["step_cost"]
 
 
 def _arguments() -> argparse.Namespace:
@@ -269,8 +265,7 @@ def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
         "t3_unmergeability_mean": statistics.mean(
             per_task(lambda run: run["tiers"]["T3"]["unmergeability"])
         ),
-        "step_cost_ratio": cost["lora"]["ratio"],
-    }
+    } | ({"step_cost_ratio": cost["lora"]["ratio"]} if "lora" in cost else {})
 
 
 def table(runs: dict[str, Any]) -> str:
@@ -293,13 +288,13 @@ def write_results(out: Path, runs: dict[str, Any], cost: dict[str, Any]) -> None
     """The JSON and its table, whole or absent."""
     seeds = sorted({int(key.split("/")[3]) for key in runs})
     record = {
-        "figures": figures(runs, cost) if "lora" in cost else {},
+        "figures": figures(runs, cost),
         "command": "TRAP2_DATA=... python benchmarks/first_bench.py",
         "machine": machine(),
         "versions": versions(),
         "seeds": seeds,
         "steps": STEPS,
-        "setting": json.loads(json.dumps(DEFAULT.__dict__)),
+        "setting": asdict(Trap2Config()),
         "attacker": ATTACKER,
         "step_cost": cost,
         "runs": runs,

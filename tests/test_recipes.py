@@ -290,7 +290,7 @@ def test_a_bad_change_is_refused(tmp_path: Path, change: str, message: str) -> N
         ("strength", float("nan"), "strength=nan is out of range; it must be "),
         ("loss", "unlikelyhood", "no trap loss is called 'unlikelyhood'; did you mean 'unlikeli"),
         ("weighting", "cubic", "weighting 'cubic' is unknown; use one of inverse, inverse_sqrt"),
-        ("low", 2, "scale range low=2.0, band=0.05, high=1.6 is empty; it needs 0 < low < 1"),
+        ("low", 2, "scale range low=2.0, band=0.1, high=1.6 is empty; it needs 0 < low < 1"),
     ],
 )
 def test_a_wrong_setting_of_the_trap_is_named(key: str, value: Any, message: str) -> None:

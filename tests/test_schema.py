@@ -13,8 +13,8 @@ from trap2.schema import Report, ScalePoint
 
 FIELDS = {
     "Report": "schema_version release references utility_cost scale_curve control_scale_curve "
-    "attacks frontier tiers partners_keep verdict limits settings versions machine seed digests rows created "
-    "seconds",
+    "attacks frontier tiers partners_keep verdict limits settings versions machine seed digests "
+    "rows created seconds",
     "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
     "References": "base standalone control control_base chance relabelled partners",
     "RelabelledReferences": "rows base standalone control control_base",

@@ -13,10 +13,10 @@ def test_the_settings_pass_through_the_argument_parser() -> None:
     parser = HfArgumentParser(Trap2Config)
     (default,) = parser.parse_args_into_dataclasses([])
     (given,) = parser.parse_args_into_dataclasses(
-        ["--strength", "0.1", "--loss", "hinge", "--scales_per_step", "2", "--band", "0.1"]
+        ["--strength", "0.1", "--loss", "hinge", "--scales_per_step", "2", "--band", "0.2"]
     )
     assert default == Trap2Config()
-    assert given == Trap2Config(strength=0.1, loss="hinge", scales_per_step=2, band=0.1)
+    assert given == Trap2Config(strength=0.1, loss="hinge", scales_per_step=2, band=0.2)
     text = parser.format_help()
     for item in fields(Trap2Config):
         assert f"--{item.name}" in text
@@ -43,6 +43,7 @@ def test_a_script_reads_the_settings_beside_the_trainers_own() -> None:
         ({"scales_per_step": 0}, "must be 1 or more"),
         ({"warmup": -1}, "must be 0 or more"),
         ({"ramp": -5}, "must be 0 or more"),
+        ({"closing": -1}, "must be 0 or more"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_rule(values: dict, rule: str) -> None:
@@ -52,7 +53,7 @@ def test_values_out_of_range_are_refused_with_the_rule(values: dict, rule: str) 
 
 
 def test_an_impossible_scale_range_is_refused_when_it_is_set() -> None:
-    with pytest.raises(UserError, match=r"scale range low=1\.2, band=0\.05, high=1\.6 is empty"):
+    with pytest.raises(UserError, match=r"scale range low=1\.2, band=0\.1, high=1\.6 is empty"):
         Trap2Config(low=1.2)
     with pytest.raises(UserError, match="weighting 'invers' is unknown"):
         Trap2Config(weighting="invers")
@@ -75,15 +76,24 @@ def test_the_trap_waits_for_the_warm_up_and_then_ramps_linearly() -> None:
 
 def test_the_law_is_the_configured_one() -> None:
     settings = {"low": 0.3, "high": 1.2, "band": 0.1, "near": 0.2, "focus": 0.4}
-    law = Trap2Config(**settings, weighting="inverse_sqrt").law
-    assert law == ScaleLaw(**settings, weighting="inverse_sqrt")
+    config = Trap2Config(**settings, weighting="inverse_sqrt", warmup=0, ramp=0, closing=0)
+    assert config.law_at(0) == ScaleLaw(**settings, weighting="inverse_sqrt")
+
+
+def test_the_draws_close_in_on_scale_1_after_the_ramp() -> None:
+    config = Trap2Config(focus=0.4, warmup=2, ramp=3, closing=4)
+    shares = [config.law_at(step).focus for step in range(11)]
+    assert shares == pytest.approx([0, 0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    far = [abs(config.law_at(4).draw(seed, 4)[0] - 1) > config.near for seed in range(200)]
+    near = [abs(config.law_at(9).draw(seed, 9)[0] - 1) > config.near for seed in range(200)]
+    assert sum(far) > 1.3 * sum(near)
 
 
 def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:
     paper = Trap2Config.paper()
     assert (paper.strength, paper.loss, paper.readout_weight) == (0.01, "ascent", 0.0)
     assert (paper.low, paper.high, paper.band, paper.weighting) == (0.05, 2.0, 0.05, "inverse")
-    assert paper.focus == 0.0  # a uniform law
+    assert paper.law_at(0).focus == paper.law_at(10_000).focus == 0.0  # a uniform law
     assert (paper.fraction, paper.scales_per_step, paper.strength_at(0)) == (1.0, 1, 0.01)
     assert Trap2Config.paper(strength=0.1, scale_seed=4) == Trap2Config.paper(
         scale_seed=4, strength=0.1

@@ -159,7 +159,7 @@ def test_every_optimizer_step_has_its_own_scale() -> None:
         assert protector.last is not None
         seen.append(protector.last.scales[0])
     assert seen[0::2] == seen[1::2]
-    assert seen[0::2] == [DECOY.law.draw(0, step)[0] for step in range(3)]
+    assert seen[0::2] == [DECOY.law_at(step).draw(0, step)[0] for step in range(3)]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -191,7 +191,7 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
     case.moved()
     protector.backward(case.batch)
     objective = case.run(1.0, case.batch).loss
-    for s, at in zip(config.law.draw(0, 0, 2), (slice(0, 3), slice(3, 6)), strict=True):
+    for s, at in zip(config.law_at(0).draw(0, 0, 2), (slice(0, 3), slice(3, 6)), strict=True):
         outcome = case.run(s, {key: value[at] for key, value in case.batch.items()})
         trap = TRAP_LOSSES.get(loss)(outcome) + config.readout_weight * readout(outcome)
         objective = objective + 0.7 * (1 / s) * trap / 2
@@ -248,7 +248,7 @@ def test_a_step_records_what_it_did() -> None:
     quiet = trap_step(nominal, scaled, update=update, config=config, step=1)
     assert (quiet.nominal, quiet.trap, quiet.scales, seen) == (2.5, None, (), [])
     record = trap_step(nominal, scaled, update=update, config=config, step=2)
-    assert list(record.scales) == config.law.draw(0, 2, 3)
+    assert list(record.scales) == config.law_at(2).draw(0, 2, 3)
     assert record.trap == pytest.approx(1.0)
     expected = [(part, 0.25 * s**-0.5 / 3) for part, s in enumerate(record.scales)]
     assert [part for part, _ in seen] == [0, 1, 2]

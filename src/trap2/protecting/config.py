@@ -13,6 +13,11 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _grown(since: int, over: int) -> float:
+    """Share reached at a step of a linear growth: 0 before it starts, 1 from its end on."""
+    return 0.0 if since < 0 else min(1.0, (since + 1) / max(1, over))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trap2Config:
     """Settings of the trap.
@@ -24,19 +29,20 @@ class Trap2Config:
         UserError: A value is outside its range, or a name is unknown.
     """
 
-    strength: float = _setting(0.4, "weight of the trap (lambda in the paper); 0 is a plain run")
+    strength: float = _setting(0.3, "weight of the trap (lambda in the paper); 0 is a plain run")
     loss: str = _setting("decoy", "trap loss: see `trap2 list losses`")
     readout_weight: float = _setting(3.0, "weight of the read-out adversary added to the loss")
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")
-    band: float = _setting(0.05, "half-width around scale 1 where no trap is trained")
-    near: float = _setting(0.28, "half-width of the neighbourhood of scale 1 drawn from more often")
+    band: float = _setting(0.1, "half-width around scale 1 where no trap is trained")
+    near: float = _setting(0.25, "half-width of the neighbourhood of scale 1 drawn from more often")
     focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
-    weighting: str = _setting("uniform", "weight of a scale: inverse | inverse_sqrt | uniform")
+    weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
     fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
     warmup: int = _setting(100, "plain steps before the trap starts")
     ramp: int = _setting(150, "steps over which the trap grows to its full strength")
+    closing: int = _setting(250, "steps after the ramp over which `focus` grows to its full share")
     scale_seed: int = _setting(0, "seed of the scales")
 
     def __post_init__(self) -> None:
@@ -48,30 +54,32 @@ class Trap2Config:
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
             "warmup": (self.warmup >= 0, "must be 0 or more"),
             "ramp": (self.ramp >= 0, "must be 0 or more"),
+            "closing": (self.closing >= 0, "must be 0 or more"),
         }
         for name, (sound, rule) in limits.items():
             if not sound:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it {rule}")
-        _ = self.law
+        _ = self.law_at(0)
 
-    @property
-    def law(self) -> ScaleLaw:
-        """The scale law."""
+    def law_at(self, step: int) -> ScaleLaw:
+        """The scale law at an optimizer step.
+
+        The trap opens where it is easy, far from scale 1, and closes in on it: scales near 1 ask
+        for the opposite of the task almost where the task is learned, and from the start that can
+        keep the task from being learned at all.
+        """
         return ScaleLaw(
             low=self.low,
             high=self.high,
             band=self.band,
             near=self.near,
-            focus=self.focus,
+            focus=self.focus * _grown(step - self.warmup - self.ramp, self.closing),
             weighting=self.weighting,
         )
 
     def strength_at(self, step: int) -> float:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
-        since = step - self.warmup + 1
-        if since <= 0:
-            return 0.0
-        return self.strength * min(1.0, since / max(1, self.ramp))
+        return self.strength * _grown(step - self.warmup, self.ramp)
 
     @classmethod
     def paper(cls, **changes: Any) -> "Trap2Config":
@@ -82,6 +90,7 @@ class Trap2Config:
             "readout_weight": 0.0,
             "low": 0.05,
             "high": 2.0,
+            "band": 0.05,
             "focus": 0.0,
             "weighting": "inverse",
             "warmup": 0,

@@ -58,10 +58,11 @@ def trap_step(
     strength = config.strength_at(step)
     if strength == 0.0:
         return StepRecord(loss, None, ())
-    scales = config.law.draw(config.scale_seed, step, config.scales_per_step)
+    law = config.law_at(step)
+    scales = law.draw(config.scale_seed, step, config.scales_per_step)
     trap = 0.0
     for part, s in enumerate(scales):
-        factor = strength * config.law.weight(s) / len(scales)
+        factor = strength * law.weight(s) / len(scales)
         with replay(), update.at(s), frozen_statistics(update.model):
             trap += _finite(scaled(part, factor), "trap loss", step) / len(scales)
     return StepRecord(loss, trap, tuple(scales))
