@@ -13,10 +13,13 @@ from trap2.schema import Report, ScalePoint
 
 FIELDS = {
     "Report": "schema_version release references utility_cost scale_curve control_scale_curve "
-    "attacks frontier tiers partners_keep verdict limits settings versions machine seed digests "
-    "rows created seconds",
+    "attacks frontier tiers partners_keep evidence verdict flags limits settings versions "
+    "machine seed digests rows created seconds",
     "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
-    "References": "base standalone control control_base chance relabelled partners",
+    "References": "base standalone control control_base chance relabelled partners "
+    "partners_base partners_chance",
+    "Evidence": "grids control_differs surrogates batch_norm_layers reload_gap",
+    "Flag": "code title detail",
     "RelabelledReferences": "rows base standalone control control_base",
     "ScalePoint": "s accuracy loss",
     "PartnerScore": "merged without_release",
@@ -104,3 +107,14 @@ def test_a_record_holds_no_nan(value):
 def test_older_records_without_the_controls_own_base_are_read(tmp_path):
     path = changed(tmp_path, lambda r: r["references"].pop("control_base"))
     assert Report.load(path).references.control_base is None
+
+
+def test_older_records_without_flags_are_read(tmp_path):
+    def older(record):
+        del record["flags"], record["evidence"]
+        del record["references"]["partners_base"], record["references"]["partners_chance"]
+
+    report = Report.load(changed(tmp_path, older))
+    assert report.flags == []
+    assert report.evidence == schema.Evidence()
+    assert report.references.partners_base == report.references.partners_chance == {}

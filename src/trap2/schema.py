@@ -61,6 +61,7 @@ class References(Record):
     """What the attacks are measured against, on test rows.
 
     `control_base` is the base model with the control's own head, from which its skill is counted.
+    `partners_base` and `partners_chance` are the same floors for each partner's own task.
     """
 
     base: Fraction
@@ -70,6 +71,8 @@ class References(Record):
     chance: Fraction
     relabelled: list[RelabelledReferences]
     partners: dict[str, Fraction]
+    partners_base: dict[str, Fraction] = {}
+    partners_chance: dict[str, Fraction] = {}
 
 
 class ScalePoint(Record):
@@ -132,6 +135,32 @@ class TierResult(Record):
     verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
 
 
+class Evidence(Record):
+    """What the checks weigh beside the scores: how the releases were made and what was tried.
+
+    `grids` holds, by attack, the values tried in T1 and T2: of its own parameters, and of the
+    protected model's `coefficient` (or its `place`, from 0 to 1, on the way to another model).
+    `control_differs` lists the keys in which the recipes of control and release differ; None where
+    they could not be compared. `reload_gap` is, by side, the largest difference between its logits
+    at s = 1 and those of the release as its users load it, as a share of the largest logit; None
+    where it could not be loaded.
+    """
+
+    grids: dict[str, dict[str, list[float]]] = {}
+    control_differs: list[str] | None = None
+    surrogates: list[str] = []
+    batch_norm_layers: int = 0
+    reload_gap: dict[str, float | None] = {}
+
+
+class Flag(Record):
+    """One reason to doubt this audit; `docs/flags.md` has an entry for every code."""
+
+    code: str
+    title: str
+    detail: str
+
+
 class Report(Record):
     """One audit."""
 
@@ -145,7 +174,9 @@ class Report(Record):
     frontier: list[FrontierPoint]
     tiers: dict[Tier, TierResult]
     partners_keep: Fraction = 0.95
+    evidence: Evidence = Evidence()
     verdict: str
+    flags: list[Flag] = []
     limits: list[str]
     settings: dict[str, Any]
     versions: dict[str, str]

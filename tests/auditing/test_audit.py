@@ -8,6 +8,7 @@ from pydantic import ValidationError
 import trap2
 from trap2.auditing.arena import Arena
 from trap2.auditing.audit import audit
+from trap2.auditing.checks import raised
 from trap2.auditing.verdict import TIERS, retained_skill, tier_results
 from trap2.errors import UserError
 from trap2.files import weights_digest
@@ -103,6 +104,13 @@ def test_the_tiers_follow_from_the_attacks(reports, kind):
     assert worst == sorted(worst, reverse=True)
     for tier in TIERS:
         assert f"{tier} {report.tiers[tier].verdict}: " in report.verdict
+
+
+@KINDS
+def test_the_flags_follow_from_the_record(reports, kind):
+    report = reports[kind]
+    assert report.flags == raised(report)
+    assert {flag.code for flag in report.flags} >= {"T001"}  # twenty steps teach a pico nothing
 
 
 @KINDS

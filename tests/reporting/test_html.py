@@ -6,6 +6,7 @@ from samples import build_report
 
 from trap2.errors import UserError
 from trap2.reporting import html
+from trap2.schema import Flag
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = (
@@ -91,6 +92,24 @@ def test_verdict_and_what_is_not_claimed_come_first():
     order += ["Raw and re-labelled", "Attacks, tuned", 'id="frontier"', ">Limits<", ">Provenance<"]
     places = [shown.index(words) for words in order]
     assert places == sorted(places)
+
+
+def test_flags_stand_under_the_verdict_and_are_words_alone():
+    flags = [
+        Flag(code="T003", title="there is no control", detail="without it, nothing"),
+        Flag(code="T013", title=HOSTILE, detail=f"trained against '{HOSTILE}'"),
+    ]
+    report = build_report().model_copy(update={"flags": flags})
+    shown = html.render(report)
+    words = " ".join(" ".join(Page(shown).words).split())
+    order = [report.verdict, "Reasons to doubt this audit", "T003 there is no control"]
+    order += ["without it, nothing", "T013 <script>alert(1)", "docs/flags.md", "Key numbers"]
+    places = [words.index(part) for part in order]
+    assert places == sorted(places)
+    assert "<script" not in shown
+    assert "\u202e" not in shown
+    assert "A" * 101 not in shown
+    assert "Reasons to doubt" not in html.render(build_report())
 
 
 def test_numbers_are_the_records():

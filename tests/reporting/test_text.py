@@ -5,7 +5,7 @@ import pytest
 from samples import build_report
 
 from trap2.reporting import text
-from trap2.schema import PartnerScore
+from trap2.schema import Flag, PartnerScore
 
 HOSTILE = "<script>alert(1)</script>\"'$x_1$ `a`|*b* \x1b[31m\r\n\u202eevil " + "A" * 10_000
 
@@ -38,6 +38,27 @@ def test_verdict_comes_first_and_limits_last():
     assert shown.startswith(f"Verdict: {report.verdict}")
     assert shown.rstrip().endswith(report.limits[-1])
     assert "one seed (7)" in shown
+
+
+@pytest.mark.parametrize("width", [60, 100, 140])
+def test_flags_follow_the_verdict_and_fit(width):
+    flags = [
+        Flag(code="T003", title="there is no control", detail="nothing says that it works"),
+        Flag(code="T013", title=HOSTILE, detail=HOSTILE),
+    ]
+    report = build_report().model_copy(update={"flags": flags})
+    shown = text.render(report, width)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    row = next(line for line in lines if line.startswith("T003"))
+    assert "there is no control" in text.render(report, 200)
+    assert row.split()[0] == "T003"
+    heads = ["Verdict:", "Reasons to doubt this audit", "T003", "T013", "docs/flags.md", "Audited:"]
+    places = [shown.index(head) for head in heads]
+    assert places == sorted(places)
+    assert "Reasons to doubt" not in text.render(build_report())
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])

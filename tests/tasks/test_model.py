@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertModel, DistilBertConfig, DistilBertModel
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 import pico
+from auditing.shelf import stock
 from trap2.errors import Trap2Error, UserError
 from trap2.recipes import TaskSpec
 from trap2.tasks.model import (
@@ -22,7 +30,9 @@ from trap2.tasks.model import (
     build,
     load_encoder,
     load_head,
+    load_release,
 )
+from trap2.update import Update
 
 TEXTS = ["w1 w2 w3 w4 w5", "w30", "w7 w8"]
 
@@ -254,3 +264,55 @@ def test_other_encoders_have_their_own_heads_loaded_whole(tmp_path: Path, pico_b
     ]
     load_head(model, head, tmp_path)
     assert torch.equal(model.pre_classifier.bias, torch.ones(16))
+
+
+@pytest.mark.parametrize(("kind", "described"), [("lora", True), ("full", False)])
+def test_a_release_is_loaded_as_its_users_load_it(
+    pico_base: Path, kind: str, described: bool
+) -> None:
+    shelf = stock(pico_base)
+    update = Update.open(shelf.release(kind, "release"), pico_base)
+    spec = task(described)
+    model = load_release(update, spec)
+    assert not model.training
+    inputs = Inputs(pico_base, spec)
+    batch = inputs.batch(inputs.encode(TEXTS))
+    if kind == "lora":
+        loaded = PeftModel.from_pretrained(load_encoder(pico_base), update.folder)
+        model = model.encoder
+        read = "last_hidden_state"
+    else:
+        loaded = BertForSequenceClassification.from_pretrained(update.folder).eval()
+        read = "logits"
+    with torch.no_grad():
+        own, users = (getattr(m(**batch), read) for m in (model, loaded))
+    torch.testing.assert_close(own, users)
+
+
+def test_a_release_nobody_can_load_is_refused_in_one_line(pico_base: Path, tmp_path: Path) -> None:
+    shelf = stock(pico_base)
+    folder = shutil.copytree(shelf.release("lora", "release"), tmp_path / "release")
+    update = Update.open(folder, pico_base)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors; save it again") as one:
+        load_release(update, task())
+    assert "\n" not in str(one.value)
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
+    with pytest.raises(UserError, match=r"cannot load .* as a model: "):
+        load_release(update, task())
+
+
+def test_code_in_a_folder_is_neither_run_nor_asked_about(
+    pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    folder = shutil.copytree(pico_base, tmp_path / "base")
+    config = {"model_type": "mine", "auto_map": {"AutoModel": "mine.Mine", "AutoConfig": "mine.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UserError, match=r"cannot load base .* check config"):
+        load_encoder(folder)
+    assert asked == []

@@ -90,6 +90,20 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
             )
 
 
+def tried(name: str, spec: AttackerSpec) -> dict[str, list[float]]:
+    """The values of an attack's T1 and T2 grid, as the record keeps them: see `Evidence.grids`."""
+    attack = load_attacks().get(name)
+    place = "coefficient" if attack.spread is equal else "place"
+    models = max(2, attack.models[0])
+    shared = [attack.spread(value, models)[0] for value in _shared_coefficients(attack, spec)]
+    given = spec.grids.get(name, {})
+    own = {key: given.get(key) or values for key, values in attack.grid.items()}
+    return {place: shared} | {
+        key: [float(value) for value in values if not isinstance(value, str)]
+        for key, values in own.items()
+    }
+
+
 @dataclass
 class Attacker:
     """One attacker against one side (the release or its control) of an arena."""

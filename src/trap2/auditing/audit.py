@@ -7,10 +7,11 @@ from typing import Any
 
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
+from trap2.auditing.checks import raised
+from trap2.auditing.evidence import gather, release_record
 from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import LIMITS, retained_skill, sentence, tier_results
 from trap2.errors import UserError
-from trap2.files import read_json
 from trap2.progress import SILENT, Progress
 from trap2.provenance import machine, now, versions
 from trap2.recipes import AuditSpec
@@ -49,6 +50,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     _check_rows(arena)
     progress.say("references and scale curves")
     references = _references(arena)
+    evidence = gather(arena)
     curves = {side: _curve(arena, side) for side in arena.sides}
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
@@ -56,7 +58,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     tiers = tier_results(attacks, references)
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
-    return Report(
+    report = Report(
         release=_release_info(arena),
         references=references,
         utility_cost=cost,
@@ -66,6 +68,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         frontier=_frontier(attackers),
         tiers=tiers,
         partners_keep=spec.attacker.partners_keep,
+        evidence=evidence,
         verdict=sentence(references, cost, tiers),
         limits=LIMITS,
         settings=spec.attacker.model_dump(mode="json"),
@@ -82,6 +85,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         created=now(),
         seconds=round(time.monotonic() - started, 1),
     )
+    return report.model_copy(update={"flags": raised(report)})
 
 
 def _check_rows(arena: Arena) -> None:
@@ -125,6 +129,10 @@ def _references(arena: Arena) -> References:
             for rows in arena.spec.attacker.relabel_rows
         ],
         partners={name: accuracy(name, 1.0) for name in arena.partners},
+        partners_base={name: accuracy(name, 0.0) for name in arena.partners},
+        partners_chance={
+            name: chance(arena.members[name].evaluators["test"].labels) for name in arena.partners
+        },
     )
 
 
@@ -211,8 +219,7 @@ def _frontier(attackers: dict[str, Attacker]) -> list[FrontierPoint]:
 
 def _release_info(arena: Arena) -> ReleaseInfo:
     release, spec = arena.members[RELEASE], arena.spec
-    record = spec.release.path / "trap2.json"
-    trap: dict[str, Any] = read_json(record).get("trap2", {}) if record.is_file() else {}
+    trap: dict[str, Any] = release_record(spec.release.path).get("trap2", {})
     known = "low" in trap and "high" in trap
     return ReleaseInfo(
         name=spec.release.path.name,

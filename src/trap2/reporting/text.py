@@ -101,6 +101,18 @@ def subject(report: Report) -> str:
     )
 
 
+def flag_table(report: Report) -> Table:
+    """The reasons to doubt this audit, by code."""
+    headers = ("flag", "raised because", "here")
+    return Table(
+        "Reasons to doubt this audit",
+        headers,
+        tuple((clean(f.code, 9), clean(f.title), clean(f.detail, 1000)) for f in report.flags),
+        headers,
+        "docs/flags.md says what each one means and what to do",
+    )
+
+
 def tier_table(report: Report) -> Table:
     """Unmergeability of release and control, tier by tier."""
     headers = ["tier", "the attacker", "release", "control", "verdict", "worst attack"]
@@ -242,6 +254,7 @@ def render(report: Report, width: int = 100) -> str:
     partners = ", ".join(f"{clean(p, 24)} {percent(a)}" for p, a in refs.partners.items())
     blocks = [
         _wrapped(f"Verdict: {clean(report.verdict, 2000)}", width),
+        *([_aligned(flag_table(report), width)] if report.flags else []),
         _wrapped(f"Audited: {subject(report)}", width),
         _aligned(reference_table(report), width),
         _wrapped(f"Utility cost: {points(report.utility_cost)} (control - standalone)", width),

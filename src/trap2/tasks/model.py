@@ -26,6 +26,7 @@ from transformers.utils import logging
 from trap2.checkpoint import Checkpoint
 from trap2.errors import Trap2Error, UserError
 from trap2.recipes import TaskSpec
+from trap2.update import Update
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -134,7 +135,11 @@ def load_encoder(base: Path) -> nn.Module:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         loaded: tuple[nn.Module, dict[str, Any]] = AutoModel.from_pretrained(
-            base, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            base,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,  # nor asked about: a release is a stranger's
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -195,6 +200,31 @@ def _refuse_invented_pooler(base: Path, encoder: nn.Module) -> None:
             f"base {base} has no pooler, which its classification head reads and which would be "
             "random; give task.descriptions or another base"
         )
+
+
+def load_release(update: Update, task: TaskSpec) -> nn.Module:
+    """A release as its users have it, loaded by transformers and peft: no update is worked out.
+
+    Raises:
+        UserError: They cannot load it.
+    """
+    base, release = update.base.folder, update.folder
+    model: Any = build(base, task, load_encoder(base), Inputs(base, task))
+    described = isinstance(model, DescriptionClassifier)
+    load_head(model, update.head, release)
+    try:
+        if update.kind == "full":
+            encoder = load_encoder(release)
+            setattr(model, "encoder" if described else model.base_model_prefix, encoder)
+        elif (release / "adapter_model.safetensors").is_file():
+            (model.encoder if described else model).load_adapter(str(release))
+        else:  # without that file transformers would go on to look for a pickle
+            raise OSError("it has no adapter_model.safetensors")
+    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load {release} as a model: {reason}; save it again") from error
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def load_head(model: nn.Module, head: dict[str, Tensor], release: Path) -> None:

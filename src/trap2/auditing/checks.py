@@ -1,0 +1,244 @@
+"""The audit doubts itself: signs that not the protection decided the result, but the test.
+
+Each check goes from the finished record to the reason for doubt in words, or to "" where there is
+none. Codes are for ever; `docs/flags.md` says of each what it means and what to do.
+
+Symbols (docs/method.md): a0 base, a1 standalone.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from trap2.auditing.verdict import MERGEABLE, has_skill
+from trap2.registry import Registry
+from trap2.schema import Flag, Params, Report
+
+FAR_BELOW = 0.5
+"""Share of what guessing gets: who knows nothing guesses, only who knows does far worse."""
+
+BROUGHT_BACK = 0.2
+"""Share of the skill that labelled rows give back; as much parts `holds` from perfect."""
+
+BLUR = 0.4
+"""Widest interval as a share of a1 - a0: +-0.2 of the skill parts `holds` from perfect."""
+
+LOGIT_GAP = 1e-3
+"""Share of the largest logit; rounding stays near 1e-6, a tensor left out goes far beyond."""
+
+SHOWN = 6
+"""Most things named in one reason; more are counted."""
+
+Reason = Callable[[Report], str]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One reason to doubt: its code, its title and how it is found."""
+
+    code: str
+    title: str
+    reason: Reason
+
+
+CHECKS: Registry[Check] = Registry("check")
+
+
+def raised(report: Report) -> list[Flag]:
+    """Every flag that a record deserves, in the order of the codes."""
+    found = [(check, check.reason(report)) for check in map(CHECKS.get, CHECKS)]
+    return [Flag(code=c.code, title=c.title, detail=reason) for c, reason in found if reason]
+
+
+def _check(code: str, title: str) -> Callable[[Reason], Reason]:
+    def register(reason: Reason) -> Reason:
+        CHECKS.add(code, Check(code, title, reason))
+        return reason
+
+    return register
+
+
+@_check("T001", "the release is useless alone")
+def useless_release(report: Report) -> str:
+    """No skill above the base: a merge keeps no skill of none."""
+    known = report.references
+    if has_skill(known):
+        return ""
+    return (
+        f"as released it reaches {_percent(known.standalone)}, its base {_percent(known.base)}: "
+        "there is no skill that a merge could keep or lose"
+    )
+
+
+@_check("T002", "a partner is useless alone")
+def useless_partner(report: Report) -> str:
+    """A partner without skill has nothing to lose, so every merge is admissible to it."""
+    known = report.references
+    found = []
+    for name, alone in known.partners.items():
+        floor = max(known.partners_base.get(name, 0.0), known.partners_chance.get(name, 0.0))
+        if alone <= floor:
+            found.append(f"'{name}' {_percent(alone)} (base or chance {_percent(floor)})")
+    return _listed("no skill on its own task: ", found)
+
+
+@_check("T003", "there is no control")
+def no_control(report: Report) -> str:
+    """Unmergeability means something only beside the control's."""
+    if report.release.has_control:
+        return ""
+    return "without the same recipe at strength 0, nothing says that a merge would have worked"
+
+
+@_check("T004", "the control hardly merges")
+def control_hardly_merges(report: Report) -> str:
+    """Nothing to protect: what fails for the control, the trap cannot be thanked for."""
+    found = [
+        f"{_percent(1 - result.control_unmergeability)} in {tier}"
+        for tier, result in report.tiers.items()
+        if result.control_unmergeability is not None
+        and result.control_unmergeability > 1 - MERGEABLE
+    ]
+    return _listed("the most that a merge keeps of the control's skill is ", found)
+
+
+@_check("T005", "control and release were trained differently")
+def trained_differently(report: Report) -> str:
+    """Then the trap is not the only thing that parts them."""
+    keys = report.evidence.control_differs
+    if not report.release.has_control or keys == []:
+        return ""
+    if keys is None:
+        return "one of the two has no recipe in its trap2.json, so they cannot be compared"
+    return _listed("their recipes differ in ", keys)
+
+
+@_check("T006", "no merge of the control counts")
+def control_never_admissible(report: Report) -> str:
+    """The constraint decided, not the protection."""
+    if not report.release.has_control or any(a.control_admissible for a in report.attacks):
+        return ""
+    return (
+        "no attack found a mixture with some of the control's skill in which the partners keep "
+        f"{_percent(report.partners_keep)}"
+    )
+
+
+@_check("T007", "answers far below chance")
+def below_chance(report: Report) -> str:
+    """Who is wrong that often knows the answer: the skill is turned round, not gone."""
+    guess = 1 / report.release.classes
+    raw = [a for a in report.attacks if a.relabel_rows == 0 and a.admissible]
+    found = [(p.accuracy, f"alone at scale {p.s:g}") for p in report.scale_curve if p.s != 0]
+    found += [(a.merged, f"merged by {a.name} ({a.tier})") for a in raw]
+    accuracy, where = min(found, default=(1.0, ""))
+    if accuracy >= FAR_BELOW * guess:
+        return ""
+    return (
+        f"{where} it is right in {_percent(accuracy)} of the rows, guessing in "
+        f"{_percent(guess)}: the skill may only be turned round, so judge by T2 and T3"
+    )
+
+
+@_check("T008", "re-labelling brings the skill back")
+def relabelled_back(report: Report) -> str:
+    """T1 flatters a release whose answers are moved and not hidden."""
+    if not {"T1", "T2"} <= report.tiers.keys():
+        return ""
+    raw, read = (1 - report.tiers[tier].unmergeability for tier in ("T1", "T2"))
+    if read - raw <= BROUGHT_BACK:
+        return ""
+    return (
+        f"a merge keeps {_percent(raw)} of the skill as it is (T1) and {_percent(read)} once its "
+        "outputs are re-labelled (T2): T1 says nothing here"
+    )
+
+
+@_check("T009", "too few rows for the claim")
+def too_few_rows(report: Report) -> str:
+    """Where a0 and a1 are blurred, so is every share of what lies between them."""
+    known = report.references
+    effect = known.standalone - known.base
+    rows = min(report.rows["validation"], report.rows["test"])
+    width = max(_interval(accuracy, rows) for accuracy in (known.base, known.standalone))
+    if effect <= 0 or width <= BLUR * effect:
+        return ""
+    return (
+        f"on {rows} rows the 95 % interval of an accuracy is {100 * width:.1f} points wide, and "
+        f"the whole skill measures {100 * effect:.1f} points"
+    )
+
+
+def _interval(share: float, rows: int) -> float:
+    """Width of the 95 % interval of a share of so many rows (Wilson 1927)."""
+    z = 1.96
+    spread = math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return 2 * z * spread / (1 + z * z / rows)
+
+
+@_check("T010", "the best choice lies at the edge of its grid")
+def edge_of_grid(report: Report) -> str:
+    """A stronger attacker may wait just outside what was tried; T3 has no shared grid."""
+    found: dict[str, None] = {}
+    for attack in (a for a in report.attacks if a.tier != "T3"):
+        if attack.admissible:
+            found |= dict.fromkeys(_edges(report, attack.name, "release", attack.params))
+        if attack.control_admissible:
+            found |= dict.fromkeys(
+                _edges(report, attack.name, "control", attack.control_params or {})
+            )
+    return _listed("the attacker chose the largest or the smallest it tried: ", list(found))
+
+
+def _edges(report: Report, attack: str, side: str, chosen: Params) -> Iterator[str]:
+    """Choices at an end of their grid beyond which there is more."""
+    for key, values in report.evidence.grids.get(attack, {}).items():
+        shared = key in ("coefficient", "place")
+        # Nothing lies beyond 0, nor beyond 1 for a share; a seed has no order, one value no ends.
+        closed = (0.0,) if key == "coefficient" else (0.0, 1.0)
+        ends = {min(values), max(values)} if values[1:] and key != "seed" else ()
+        for end in ends:
+            if end not in closed and end == chosen.get(f"c[{side}]" if shared else key):
+                yield f"{attack} {key}={end:g} ({side})"
+
+
+@_check("T011", "the base has batch-norm layers")
+def batch_norm(report: Report) -> str:
+    """Merged models need new running statistics, which this attacker does not make."""
+    layers = report.evidence.batch_norm_layers
+    if not layers:
+        return ""
+    return (
+        f"running statistics of {layers} layers are not recomputed after a merge, as an attacker "
+        "with unlabelled rows would do"
+    )
+
+
+@_check("T012", "the merge path does not reproduce the release")
+def path_differs(report: Report) -> str:
+    """One model at s = 1 must be that model; if it is not, every merge is of something else."""
+    found = [
+        f"the {side} cannot be loaded by transformers"
+        if gap is None
+        else f"the {side} at s = 1 is off by {100 * gap:.2g} % of its largest logit"
+        for side, gap in report.evidence.reload_gap.items()
+        if gap is None or gap > LOGIT_GAP
+    ]
+    return _listed("", found)
+
+
+@_check("T013", "a partner was there in training")
+def known_partner(report: Report) -> str:
+    """Partners of an audit must be strangers to the release."""
+    met = [f"'{p}'" for p in report.release.partners if p in report.evidence.surrogates]
+    return _listed("the release was trained against ", met)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _listed(before: str, things: Sequence[str]) -> str:
+    """The sentence with its things; nothing where there are none."""
+    more = f" and {len(things) - SHOWN} more" if things[SHOWN:] else ""
+    return before + ", ".join(things[:SHOWN]) + more if things else ""
