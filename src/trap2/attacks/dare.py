@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
 from trap2.attacks.ties import COEFFICIENTS, elect_and_average
+from trap2.attacks.vectors import TaskVector, by_tensor
 from trap2.errors import UserError
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
+from trap2.attacks.vectors import TaskVector, by_tensor
 
 
 @attack("task_arithmetic", paper="https://arxiv.org/abs/2212.04089")

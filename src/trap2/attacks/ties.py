@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
+from trap2.attacks.vectors import TaskVector, by_tensor
 from trap2.errors import UserError
 
 COEFFICIENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
