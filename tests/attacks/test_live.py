@@ -15,7 +15,8 @@ from trap2.update import Update
 
 QUICK = settings(deadline=None, max_examples=30)
 
-NEUTRAL = {"density": 1.0, "drop": 0.0, "seed": 0, "rank_share": 0.1, "weight": 1.0}
+NEUTRAL = {"density": 1.0, "drop": 0.0, "seed": 0, "epsilon": 0.0, "gamma": 0.0}
+NEUTRAL |= {"rank_share": 0.1, "weight": 1.0}
 """Hyper-parameters at which an attack leaves a single model alone."""
 
 CHANGES_ONE = ("iso_c", "iso_cts")

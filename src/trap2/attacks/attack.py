@@ -32,7 +32,11 @@ from trap2.errors import Trap2Error, UserError
 from trap2.registry import Registry, did_you_mean
 from trap2.update import Update
 
-BUILT_IN = ("task_arithmetic", "ties", "dare", "slerp", "tsv", "iso_c", "iso_cts", "cart")
+BUILT_IN = (
+    *("task_arithmetic", "ties", "ties_sum", "dare", "della", "breadcrumbs"),
+    *("slerp", "karcher", "model_stock"),
+    *("tsv", "iso_c", "iso_cts", "cart"),
+)
 """Modules of this package that register an attack when imported."""
 
 TIERS = ("T1", "T2", "T3")

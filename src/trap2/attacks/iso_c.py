@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from trap2.attacks.attack import attack
 from trap2.attacks.spectrum import core, merge_matrices, triplets
-from trap2.attacks.vectors import TaskVector
+from trap2.attacks.vectors import TaskVector, weighted_sum
 
 
 @attack("iso_c", paper="https://arxiv.org/abs/2502.04959")
@@ -44,17 +43,6 @@ def _merge(
     space = core(members, name, deltas)
     found = triplets(weighted_sum(space.parts, shares))
     return space.restore(isotropic(found.U, found.S, found.V))
-
-
-def weighted_sum(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """`sum_i w_i M_i`.
-
-    Args:
-        parts: One matrix M_i per model.
-        shares: One factor w_i per model.
-    """
-    weighted = [share * part for share, part in zip(shares, parts, strict=True)]
-    return torch.stack(weighted).sum(dim=0)
 
 
 def isotropic(U: Tensor, S: Tensor, V: Tensor) -> Tensor:

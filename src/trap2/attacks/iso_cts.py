@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from trap2.attacks.attack import attack
-from trap2.attacks.iso_c import isotropic, weighted_sum
+from trap2.attacks.iso_c import isotropic
 from trap2.attacks.spectrum import core, merge_matrices, polar, triplets
-from trap2.attacks.vectors import TaskVector
+from trap2.attacks.vectors import TaskVector, weighted_sum
 from trap2.errors import UserError
 
 

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from trap2.attacks.vectors import TaskVector, by_tensor
+from trap2.attacks.vectors import TaskVector, by_tensor, weighted_sum
 from trap2.errors import UserError
 
 RANK_TOLERANCE = 1e-6
@@ -212,7 +212,4 @@ def mean(deltas: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
         deltas: One tensor per model.
         shares: One factor w_i per model.
     """
-    merged = torch.zeros_like(deltas[0])
-    for share, delta in zip(shares, deltas, strict=True):
-        merged = merged.add_(delta, alpha=share)
-    return merged.div_(len(deltas))
+    return weighted_sum(deltas, shares).div_(len(deltas))

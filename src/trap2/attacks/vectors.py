@@ -125,3 +125,16 @@ def by_tensor(updates: Sequence[TaskVector]) -> Iterator[tuple[str, list[Tensor]
                 )
         zero = first.new_zeros(()).expand(first.shape)
         yield name, [zero if delta is None else delta for delta in found]
+
+
+def weighted_sum(deltas: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """`sum_i f_i dW_i`.
+
+    Args:
+        deltas: One tensor per model, at least one.
+        factors: One factor f_i per model.
+    """
+    total = torch.zeros_like(deltas[0])
+    for factor, delta in zip(factors, deltas, strict=True):
+        total = total.add_(delta, alpha=factor)
+    return total
