@@ -35,7 +35,7 @@ from trap2.update import Update
 BUILT_IN = (
     *("task_arithmetic", "ties", "ties_sum", "dare", "della", "breadcrumbs"),
     *("slerp", "karcher", "model_stock"),
-    *("tsv", "iso_c", "iso_cts", "cart"),
+    *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
 )
 """Modules of this package that register an attack when imported."""
 

@@ -22,7 +22,7 @@ def iso_cts(
     c_i != 0; (U, S, V) singular triplets of the weighted sum and r its rank; p = `common`;
     q directions go to each model and the k = r - N q largest stay common; U_k: the first k of U.
 
-        U diag(S) V' = sum_i c_i dW_i          q = round((1 - p) r / N), but at most floor(r / N)
+        U diag(S) V' = sum_i c_i dW_i          q = round((r - floor(p r)) / N) <= r / N
         R_i  = c_i dW_i - U_k U_k' c_i dW_i    (U_i, S_i, V_i) its q largest singular triplets
         U^ = polar([U_k | U_1 | ... | U_N])    V^ = polar([V_k | V_1 | ... | V_N])
         dW = mean(S_1..S_k, all S_i) * U^ V^'
@@ -60,7 +60,8 @@ def iso_cts(
 def _merge(parts: Sequence[Tensor], shares: Sequence[float], common: float) -> Tensor:
     whole = triplets(weighted_sum(parts, shares))
     rank, count = len(whole.S), len(parts)
-    each = min(round((1 - common) * rank / count), rank // count)
+    # Rounding up could take more directions than there are.
+    each = min(round((rank - int(common * rank)) / count), rank // count)
     shared = whole.top(rank - count * each)
     blocks = [shared]
     for share, part in zip(shares, parts, strict=True):
