@@ -164,6 +164,13 @@ def test_what_was_worked_out_is_remembered_by_its_key():
     assert vector.serial != TaskVector.of(A).serial
 
 
+def test_only_the_latest_version_of_a_result_is_kept():
+    vector, done = TaskVector.of(A), []
+    for version in (1, 1, 2, 1):
+        vector.remember(("one",), lambda version=version: done.append(version), (version,))
+    assert done == [1, 2, 1]
+
+
 def test_magnitude_is_exact_past_the_limit_of_quantile():
     count = 2**24 + 2
     entries = torch.zeros(count)

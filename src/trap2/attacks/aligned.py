@@ -84,8 +84,8 @@ def ties_aligned(
     active = [index for index, c in enumerate(coefficients) if c != 0]
     members = [updates[index] for index in active]
     if members:
-        key = ("aligned", both, *(member.serial for member in members))
-        aligned = members[0].remember(key, lambda: align(members, both))
+        version = (both, *(member.serial for member in members))
+        aligned = members[0].remember(("aligned",), lambda: align(members, both), version)
         weights = [coefficients[index] for index in active]
         for name, kept in trimmed(aligned.vectors, density):
             yield name, aligned.restore(name, elect_and_average(kept, weights))

@@ -170,8 +170,8 @@ def merge_matrices(
         matrices  dW = c * function(w_i, dW_i)
         others    dW = c * 1/N sum_i w_i dW_i      N: models whose coefficient is not 0
 
-    The function sees only the models whose coefficient is not 0. What it gives for equal
-    coefficients is remembered, for an attacker tries many of those.
+    The function sees only the models whose coefficient is not 0. What it gave last for equal
+    coefficients is remembered, for an attacker tries many of those in a row.
 
     Args:
         what: Name and hyper-parameters of the attack, for the memory.
@@ -186,7 +186,7 @@ def merge_matrices(
     active = [index for index, c in enumerate(coefficients) if c != 0]
     members = [updates[index] for index in active]
     shares = [coefficients[index] / unit for index in active]
-    serials = [member.serial for member in members]
+    version = (*what, *(member.serial for member in members))
     for name, deltas in by_tensor(updates):
         given = [deltas[index] for index in active]
         if not any(name in member for member in members):
@@ -200,7 +200,7 @@ def merge_matrices(
             return function(members, name, given, shares).float()
 
         if all(share == 1 for share in shares):
-            yield name, unit * members[0].remember((*what, name, *serials), work)
+            yield name, unit * members[0].remember(("merged", name), work, version)
         else:
             yield name, unit * work()
 

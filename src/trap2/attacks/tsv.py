@@ -50,8 +50,8 @@ def _merge(
         return Triplets(polar(U).float(), S, polar(V).float())
 
     # Coefficients act on S alone, so that whitening is needed once for each choice of models.
-    key = ("whitened", name, *(member.serial for member in members))
-    whitened = members[0].remember(key, whiten)
+    version = tuple(member.serial for member in members)
+    whitened = members[0].remember(("whitened", name), whiten, version)
     factors = torch.cat(
         [shares[index] * torch.ones_like(top.S) for index, top in zip(holders, tops, strict=True)]
     )

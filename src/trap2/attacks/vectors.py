@@ -65,7 +65,7 @@ class TaskVector(Tensors):
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         super().__init__(names, lambda name: read(name).float())
         self.serial = next(_SERIALS)
-        self._memory: dict[tuple[object, ...], object] = {}
+        self._memory: dict[tuple[object, ...], tuple[tuple[object, ...], object]] = {}
 
     @classmethod
     def of(cls, update: Update | Mapping[str, Tensor]) -> "TaskVector":
@@ -76,16 +76,21 @@ class TaskVector(Tensors):
             return cls(update.shared, update.delta)
         return cls(update, update.__getitem__)
 
-    def remember(self, key: tuple[object, ...], work: Callable[[], T]) -> T:
-        """The result of `work`, done once for a key.
+    def remember(
+        self, key: tuple[object, ...], work: Callable[[], T], version: tuple[object, ...] = ()
+    ) -> T:
+        """The result of `work`, done once for a key and as long as its version stays the same.
 
         Args:
             key: What the result is and depends on; it opens with the name of the kind of result.
             work: Works it out.
+            version: What else it depends on. Of one key only the latest version is kept, for
+                results as large as the update itself.
         """
-        if key not in self._memory:
-            self._memory[key] = work()
-        return self._memory[key]  # type: ignore[return-value]
+        held = self._memory.get(key)
+        if held is None or held[0] != version:
+            held = self._memory[key] = (version, work())
+        return held[1]  # type: ignore[return-value]
 
     def magnitude(self, share: float) -> float:
         """The smallest magnitude among the largest `share` of all entries of the whole update.
