@@ -56,7 +56,7 @@ def angles(
 def _products(deltas: Sequence[Tensor]) -> Tensor:
     """The inner products of each two updates of one tensor."""
     total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for piece in zip(*(delta.flatten().split(PIECE) for delta in deltas), strict=True):
+    for piece in zip(*(torch.split(delta.flatten(), PIECE) for delta in deltas), strict=True):
         stacked = torch.stack(piece).double()
         total += (stacked @ stacked.T).cpu()
     return total
