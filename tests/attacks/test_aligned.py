@@ -67,7 +67,8 @@ def test_equals_ties_of_what_numpy_turned(space, density):
 
 @pytest.mark.parametrize("space", SPACES)
 def test_trimming_is_global_and_other_tensors_take_part(space):
-    update = {"w": torch.tensor([[5.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([4.0, 2.0])}
+    update = {"w": torch.tensor([[5.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([4.0, 1e-9])}
+    assert torch.equal(merged(space, [update], 1.0)["b"], update["b"])
     found = merged(space, [update], 1.0, 0.25)
     # Six entries (w is full in its own basis), two are kept: 5 and 4.
     torch.testing.assert_close(found["w"], torch.tensor([[5.0, 0.0], [0.0, 0.0]]))
@@ -89,7 +90,8 @@ def test_coefficient_zero_drops_the_model_and_tensors_of_its_own_stay_at_the_bas
 def test_one_model_zero_updates_and_a_common_factor(space):
     one, two = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(one_matrix(space, [one], 1.0), one, rtol=0, atol=2e-5)
-    assert not one_matrix(space, [one * 0, two * 0], 1.0).any()
+    for density in (0.5, 1.0):
+        assert torch.equal(one_matrix(space, [one * 0, two * 0], 1.0, density), one * 0)
     once = one_matrix(space, [one, two], 1.0, 0.5)
     torch.testing.assert_close(one_matrix(space, [one, two], 0.3, 0.5), 0.3 * once)
 

@@ -49,18 +49,20 @@ def align(members: Sequence[TaskVector], both: bool) -> Aligned:
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
     for name, deltas in by_tensor(members):
-        if deltas[0].ndim == 2:
+        if deltas[0].ndim == 2 and any(bool(delta.any()) for delta in deltas):
             found = [spectrum(v, name) for v in members if name in v]
             # Singular as those of all updates side by side: the V_i left out are orthonormal.
             left[name] = triplets(torch.cat([f.U * f.S for f in found], dim=1)).U.float()
             if both:
                 right[name] = triplets(torch.cat([f.V * f.S for f in found], dim=1)).U.float()
         for part, member, delta in zip(held, members, deltas, strict=True):
-            if name in member:
-                turned = left[name].T @ delta if name in left else delta
-                turned = turned @ right[name] if name in right else turned
+            if name in member and name in left:
+                turned = left[name].T @ delta
+                turned = turned @ right[name] if both else turned
                 # Rounding is no vote: TIES would count it among those that agree.
                 part[name] = torch.where(turned.abs() > RANK_TOLERANCE * delta.norm(), turned, 0.0)
+            elif name in member:
+                part[name] = delta
     return Aligned([TaskVector.of(part) for part in held], left, right)
 
 
