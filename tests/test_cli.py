@@ -102,9 +102,14 @@ def test_python_dash_m_is_the_same_program():
 def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     assert main(["list", "attacks"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["dare_ties", "slerp", "task_arithmetic", "ties"]
-    assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in lines[3]
-    assert " T1 T2     https://doi.org/10.1145/325165.325242" in lines[1]
+    listed = {line.split()[0]: line for line in lines}
+    assert list(listed) == [
+        *("breadcrumbs", "cart", "dare_ties", "della", "iso_c", "iso_cts", "karcher"),
+        *("model_stock", "slerp", "task_arithmetic", "ties", "ties_core", "ties_knots"),
+        *("ties_sum", "tsv"),
+    ]
+    assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
+    assert " T1 T2     https://doi.org/10.1145/325165.325242" in listed["slerp"]
 
 
 def test_losses_are_listed_with_what_they_do(capsys):

@@ -10,13 +10,11 @@ from trap2.attacks.attack import (
     COEFFICIENTS,
     TIERS,
     Attack,
-    TaskVector,
-    Tensors,
     attack,
-    by_tensor,
     load_attacks,
     merge,
 )
+from trap2.attacks.vectors import TaskVector, Tensors, by_tensor
 from trap2.errors import Trap2Error, UserError
 from trap2.registry import Registry
 
@@ -42,7 +40,7 @@ def registered(registry, function, **options):
 
 def test_built_in_attacks_are_listed_and_say_what_they_are():
     attacks = load_attacks()
-    assert {"task_arithmetic", "ties", "dare_ties", "slerp"} <= set(attacks)
+    assert {"task_arithmetic", "ties", "dare_ties", "slerp", "tsv", "iso_c"} <= set(attacks)
     for name in attacks:
         entry = attacks.get(name)
         assert entry.name == name
@@ -156,6 +154,21 @@ def test_magnitude_is_the_kth_largest_of_the_whole_update(values, percent, cut):
     vector = TaskVector.of(parts)
     assert vector.magnitude(share) == expected
     assert vector.magnitude(share) == expected
+
+
+def test_what_was_worked_out_is_remembered_by_its_key():
+    vector, done = TaskVector.of(A), []
+    for key in ("one", "two", "one"):
+        assert vector.remember((key,), lambda key=key: done.append(key) or len(done)) in (1, 2)
+    assert done == ["one", "two"]
+    assert vector.serial != TaskVector.of(A).serial
+
+
+def test_only_the_latest_version_of_a_result_is_kept():
+    vector, done = TaskVector.of(A), []
+    for version in (1, 1, 2, 1):
+        vector.remember(("one",), lambda version=version: done.append(version), (version,))
+    assert done == [1, 2, 1]
 
 
 def test_magnitude_is_exact_past_the_limit_of_quantile():

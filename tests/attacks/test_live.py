@@ -15,8 +15,12 @@ from trap2.update import Update
 
 QUICK = settings(deadline=None, max_examples=30)
 
-NEUTRAL = {"density": 1.0, "drop": 0.0, "seed": 0}
+NEUTRAL = {"density": 1.0, "drop": 0.0, "seed": 0, "epsilon": 0.0, "gamma": 0.0}
+NEUTRAL |= {"rank_share": 0.1, "weight": 1.0}
 """Hyper-parameters at which an attack leaves a single model alone."""
+
+CHANGES_ONE = ("iso_c", "iso_cts")
+"""Attacks that by definition change a single model whatever their hyper-parameters are."""
 
 TOKENS = torch.tensor([[1, 5, 9, 2], [1, 7, 3, 2]])
 
@@ -84,7 +88,7 @@ def pico(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("name", [n for n in load_attacks() if n not in CHANGES_ONE])
 def test_one_model_alone_keeps_its_logits(pico, name, kind):
     updates, logits, model = pico
     chosen = load_attacks().get(name)
@@ -102,6 +106,20 @@ def test_one_model_alone_keeps_its_logits(pico, name, kind):
         assert_same(model, before)
     with torch.no_grad():
         assert not torch.allclose(model(TOKENS).logits, logits[kind], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", load_attacks())
+def test_every_attack_merges_real_releases_and_leaves_nothing_behind(pico, name):
+    updates, _, model = pico
+    chosen = load_attacks().get(name)
+    before = snapshot(model)
+    params = next(chosen.settings())
+    both = [updates["lora"], updates["full"]]
+    live = LiveModel(model, updates["lora"].base)
+    with live.merged(merge(name, both, 0.5, **params)) as merged, torch.no_grad():
+        out = merged(TOKENS).logits
+    assert torch.isfinite(out).all()
+    assert_same(model, before)
 
 
 def test_only_what_the_updates_share_is_touched(pico):

@@ -26,12 +26,17 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from trap2.attacks.vectors import TaskVector, Tensors
 from trap2.checkpoint import Checkpoint
 from trap2.errors import Trap2Error, UserError
 from trap2.registry import Registry, did_you_mean
 from trap2.update import Update
 
-BUILT_IN = ("task_arithmetic", "ties", "dare", "slerp")
+BUILT_IN = (
+    *("task_arithmetic", "ties", "ties_sum", "dare", "della", "breadcrumbs"),
+    *("slerp", "karcher", "model_stock"),
+    *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
+)
 """Modules of this package that register an attack when imported."""
 
 TIERS = ("T1", "T2", "T3")
@@ -43,75 +48,6 @@ COEFFICIENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5
 Setting: TypeAlias = float | int | str | bool
 Merged: TypeAlias = Iterable[tuple[str, Tensor]]
 F = TypeVar("F", bound=Callable[..., Merged])
-
-
-class Tensors(Mapping[str, Tensor]):
-    """Named tensors, each read when it is asked for.
-
-    Args:
-        names: Their names, in a fixed order.
-        read: Reads one of them.
-    """
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        self._names, self._read = dict.fromkeys(names), read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @staticmethod
-    def of_base(base: Checkpoint | Mapping[str, Tensor]) -> "Tensors":
-        """See a checkpoint, or any mapping of names to tensors, as `Tensors`."""
-        if isinstance(base, Checkpoint):
-            return Tensors(base.names, base.tensor)
-        return Tensors(base, base.__getitem__)
-
-
-class TaskVector(Tensors):
-    """One model's update dW by base tensor name, in float32.
-
-    Keep one per update and pass it to every `merge`: what it has worked out once it remembers.
-    """
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        super().__init__(names, lambda name: read(name).float())
-        self._magnitudes: dict[float, float] = {}
-
-    @classmethod
-    def of(cls, update: Update | Mapping[str, Tensor]) -> "TaskVector":
-        """See an update, or any mapping of base tensor names to deltas, as a task vector."""
-        if isinstance(update, TaskVector):
-            return update
-        if isinstance(update, Update):
-            return cls(update.shared, update.delta)
-        return cls(update, update.__getitem__)
-
-    def magnitude(self, share: float) -> float:
-        """The smallest magnitude among the largest `share` of all entries of the whole update.
-
-        It is the exact k-th largest value, k = round(share * entries) but at least 1. Selection
-        instead of `torch.quantile`, which refuses more than 2^24 entries.
-
-        Args:
-            share: Share of the entries, 0 < share <= 1.
-        """
-        if share not in self._magnitudes:
-            entries = torch.cat([self[name].abs().flatten() for name in self])
-            kept = max(1, round(share * entries.numel()))
-            smallest = torch.kthvalue(entries, entries.numel() - kept + 1).values
-            self._magnitudes[share] = float(smallest)
-        return self._magnitudes[share]
 
 
 def equal(value: float, count: int) -> tuple[float, ...]:
@@ -224,28 +160,6 @@ def _check_schema(
     for tier in tiers:
         if tier not in TIERS:
             raise UserError(f"attack '{name}' has tier '{tier}'; use {', '.join(TIERS)}")
-
-
-def by_tensor(updates: Sequence[TaskVector]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Walk all tensors that any update has, in order of first appearance.
-
-    Yields:
-        (name, [dW_1, dW_2, ...]); an update without that tensor counts as zero there.
-
-    Raises:
-        UserError: Two updates give one tensor different shapes.
-    """
-    for name in dict.fromkeys(name for update in updates for name in update):
-        found = [update.get(name) for update in updates]
-        first, *others = (delta for delta in found if delta is not None)
-        for other in others:
-            if other.shape != first.shape:
-                raise UserError(
-                    f"'{name}' has shape {tuple(first.shape)} in one update and "
-                    f"{tuple(other.shape)} in another; only updates of one base can be merged"
-                )
-        zero = first.new_zeros(()).expand(first.shape)
-        yield name, [zero if delta is None else delta for delta in found]
 
 
 def merge(

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
 from trap2.attacks.ties import COEFFICIENTS, elect_and_average
+from trap2.attacks.vectors import TaskVector, by_tensor
 from trap2.errors import UserError
 
 
@@ -53,16 +54,16 @@ def dare_ties(
         yield name, elect_and_average(kept, coefficients)
 
 
-def keep_mask(delta: Tensor, drop: float, key: str) -> Tensor:
+def keep_mask(delta: Tensor, drop: float | Tensor, key: str) -> Tensor:
     """Which entries stay: a Bernoulli(1 - drop) mask that depends on the key alone.
 
     It comes from a generator of its own, so no random stream of the caller moves.
 
     Args:
         delta: Tensor to mask.
-        drop: Chance that an entry is dropped.
+        drop: Chance that an entry is dropped; one for all, or one for each.
         key: Text that names the mask.
     """
     digest = hashlib.sha256(f"trap2 dare {key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return (torch.rand(delta.shape, generator=generator) >= drop).to(delta.device)
+    return torch.rand(delta.shape, generator=generator).to(delta.device) >= drop

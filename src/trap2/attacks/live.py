@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from trap2.attacks.attack import Tensors
+from trap2.attacks.vectors import Tensors
 from trap2.checkpoint import Checkpoint
 from trap2.errors import Trap2Error, UserError
 from trap2.naming import align, is_head

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
+from trap2.attacks.vectors import TaskVector, by_tensor
 from trap2.errors import UserError
 
 COLINEAR = 0.9995

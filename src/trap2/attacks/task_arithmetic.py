@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
+from trap2.attacks.vectors import TaskVector, by_tensor, weighted_sum
 
 
 @attack("task_arithmetic", paper="https://arxiv.org/abs/2212.04089")
@@ -24,7 +24,4 @@ def task_arithmetic(
         (base tensor name, merged update).
     """
     for name, deltas in by_tensor(updates):
-        merged = torch.zeros_like(deltas[0])
-        for c, delta in zip(coefficients, deltas, strict=True):
-            merged = merged.add_(delta, alpha=c)
-        yield name, merged
+        yield name, weighted_sum(deltas, coefficients)

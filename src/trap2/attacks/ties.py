@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trap2.attacks.attack import TaskVector, attack, by_tensor
+from trap2.attacks.attack import attack
+from trap2.attacks.vectors import TaskVector, by_tensor
 from trap2.errors import UserError
 
 COEFFICIENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -49,18 +50,35 @@ def ties(
     Raises:
         UserError: The density is not in (0, 1].
     """
+    for name, kept in trimmed(updates, density):
+        yield name, elect_and_average(kept, coefficients)
+
+
+def trimmed(updates: Sequence[TaskVector], density: float) -> Iterator[tuple[str, list[Tensor]]]:
+    """The trimmed updates T_i, tensor by tensor.
+
+    Args:
+        updates: One task vector per model.
+        density: Share of the entries of each update that is kept, 0 < density <= 1.
+
+    Yields:
+        (base tensor name, [T_1, T_2, ...]).
+
+    Raises:
+        UserError: The density is not in (0, 1].
+    """
     if not 0 < density <= 1:
         raise UserError(
             f"density={density} keeps no share of an update; use 0 < density <= 1, such as 0.2"
         )
-    trimmed = density < 1
-    thresholds = [u.magnitude(density) if trimmed and len(u) else 0.0 for u in updates]
+    trim = density < 1
+    thresholds = [u.magnitude(density) if trim and len(u) else 0.0 for u in updates]
     for name, deltas in by_tensor(updates):
-        kept = [
-            torch.where(delta.abs() >= t, delta, 0.0) if trimmed else delta
-            for delta, t in zip(deltas, thresholds, strict=True)
-        ]
-        yield name, elect_and_average(kept, coefficients)
+        if trim:
+            pairs = zip(deltas, thresholds, strict=True)
+            yield name, [torch.where(delta.abs() >= t, delta, 0.0) for delta, t in pairs]
+        else:
+            yield name, deltas
 
 
 def elect_and_average(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

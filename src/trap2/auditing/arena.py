@@ -12,8 +12,9 @@ from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
-from trap2.attacks.attack import TaskVector, merge
+from trap2.attacks.attack import merge
 from trap2.attacks.live import LiveModel
+from trap2.attacks.vectors import TaskVector
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
