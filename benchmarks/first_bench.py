@@ -196,6 +196,7 @@ def _summary(report: Report) -> dict[str, Any]:
     record = report.model_dump(mode="json")
     kept = ("references", "utility_cost", "scale_curve", "tiers", "rows", "versions", "seconds")
     attacks = ("name", "tier", "relabel_rows", "params", "merged", "retained", "admissible")
+    attacks += ("unconstrained_retained", "control_params", "control_admissible")
     attacks += ("control_merged", "control_retained", "partners")
     return {key: record[key] for key in kept} | {
         "attacks": [{key: entry[key] for key in attacks} for entry in record["attacks"]]
@@ -231,9 +232,11 @@ def step_cost(data: Path, method: str, work: Path, repeats: int = 15) -> dict[st
     return {**medians, "ratio": statistics.median(ratios), "repeats": repeats, "batch": 32}
 
 
-def _kept(run: dict[str, Any], tier: str, rows: int, control: bool = False) -> float:
+CONTROL, IGNORING = "control_retained", "unconstrained_retained"
+
+
+def _kept(run: dict[str, Any], tier: str, rows: int, key: str = "retained") -> float:
     """Largest retained skill of a tier among attacks with so many labelled rows."""
-    key = "control_retained" if control else "retained"
     return max(a[key] for a in run["attacks"] if a["tier"] == tier and a["relabel_rows"] == rows)
 
 
@@ -259,9 +262,12 @@ def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
         "tasks": len(mine),
         "utility_cost_max": max(per_task(lambda run: run["utility_cost"])),
         "t1_unmergeability_third_best": third_best(t1),
-        "t1_control_unmergeability_max": max(per_task(lambda r: 1 - _kept(r, "T1", 0, True))),
+        "t1_control_unmergeability_max": max(per_task(lambda r: 1 - _kept(r, "T1", 0, CONTROL))),
         "t2_unmergeability_third_best": third_best(t2),
-        "t2_control_unmergeability_max": max(per_task(lambda r: 1 - _kept(r, "T2", 300, True))),
+        "t2_control_unmergeability_max": max(per_task(lambda r: 1 - _kept(r, "T2", 300, CONTROL))),
+        "t2_retained_partners_ignored_max": max(
+            per_task(lambda run: _kept(run, "T2", 300, IGNORING))
+        ),
         "t3_unmergeability_mean": statistics.mean(
             per_task(lambda run: run["tiers"]["T3"]["unmergeability"])
         ),
@@ -271,14 +277,16 @@ def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
 def table(runs: dict[str, Any]) -> str:
     """Markdown, one line a run."""
     head = "| method | setting | task | seed | base | control | standalone | utility cost |"
-    head += " U(T1) | U(T2, 30) | U(T2, 300) | U(T3) | control U: T1 | T2, 300 | T3 |\n"
-    lines = [head + "|---" * 15 + "|"]
+    head += " U(T1) | U(T2, 30) | U(T2, 300) | U(T3) | control U: T1 | T2, 300 | T3 |"
+    head += " R, partners ignored: T2, 300 | T3, 300 |\n"
+    lines = [head + "|---" * 17 + "|"]
     for key, run in sorted(runs.items()):
         refs, tiers = run["references"], run["tiers"]
         numbers = [refs["base"], refs["control"], refs["standalone"], run["utility_cost"]]
         numbers += [1 - _kept(run, "T1", 0), 1 - _kept(run, "T2", 30), 1 - _kept(run, "T2", 300)]
-        numbers += [tiers["T3"]["unmergeability"], 1 - _kept(run, "T1", 0, True)]
-        numbers += [1 - _kept(run, "T2", 300, True), tiers["T3"]["control_unmergeability"]]
+        numbers += [tiers["T3"]["unmergeability"], 1 - _kept(run, "T1", 0, CONTROL)]
+        numbers += [1 - _kept(run, "T2", 300, CONTROL), tiers["T3"]["control_unmergeability"]]
+        numbers += [_kept(run, "T2", 300, IGNORING), _kept(run, "T3", 300, IGNORING)]
         cells = [*key.split("/"), *(f"{100 * n:.1f}" for n in numbers)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -301,7 +309,8 @@ def write_results(out: Path, runs: dict[str, Any], cost: dict[str, Any]) -> None
     }
     out.parent.mkdir(exist_ok=True)
     write_json(out, record)
-    note = "All in per cent; U is unmergeability, 100 = nothing of the skill is kept. "
+    note = "All in per cent; U is unmergeability, 100 = no merge that counts keeps any skill; "
+    note += "R is the share of the skill that the best merge keeps if partners do not matter. "
     note += f"`{record['command']}`, {len(runs)} runs.\n\n"
     write_text(out.with_suffix(".md"), note + table(runs))
 
