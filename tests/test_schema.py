@@ -26,8 +26,8 @@ FIELDS = {
     "AttackResult": "name tier params merged retained admissible unconstrained_retained partners "
     "control_params control_merged control_retained control_admissible relabel_rows evaluations",
     "FrontierPoint": "attack params retained partners_retained of",
-    "TierResult": "unmergeability worst_attack control_unmergeability by_rows control_by_rows "
-    "verdict",
+    "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
+    "control_by_rows verdict",
 }
 """Names on disk of schema version 1: one that goes or changes makes a new version."""
 

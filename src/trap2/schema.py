@@ -125,11 +125,15 @@ class FrontierPoint(Record):
 
 
 class TierResult(Record):
-    """The worst case of one attacker tier, the ones before it included."""
+    """The worst case of one attacker tier, the ones before it included.
+
+    `partners_ignored` is the largest share of the skill kept when partners do not matter.
+    """
 
     unmergeability: Fraction
     worst_attack: str
     control_unmergeability: Fraction | None
+    partners_ignored: Fraction | None = None
     by_rows: dict[str, Fraction] = {}
     control_by_rows: dict[str, Fraction] = {}
     verdict: Literal["holds", "leaks", "broken", "nothing to protect"]

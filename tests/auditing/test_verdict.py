@@ -165,3 +165,14 @@ def test_without_a_control_the_sentence_speaks_of_none():
 def test_the_limits_of_every_report_are_whole_sentences():
     assert len(LIMITS) >= 5
     assert all(limit[0].isupper() and limit.endswith(".") for limit in LIMITS)
+
+
+def test_the_sentence_says_what_is_kept_when_partners_do_not_matter():
+    free = result("T1", 0.1).model_copy(update={"unconstrained_retained": 0.8})
+    tiers = tier_results([free, result("T2", 0.1, rows=300)], references())
+    assert [tier.partners_ignored for tier in tiers.values()] == [0.8, 0.8]  # T2 includes T1
+    said = sentence(references(), 0.02, tiers)
+    assert said.count("and 80 % if the partners do not matter") == 2
+    assert "do not matter" not in sentence(
+        references(), 0.02, tier_results([result("T1", 0.1)], references())
+    )

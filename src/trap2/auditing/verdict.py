@@ -41,6 +41,7 @@ def tier_results(attacks: list[AttackResult], references: References) -> dict[Ti
             unmergeability=unmergeability,
             worst_attack=worst.name,
             control_unmergeability=control,
+            partners_ignored=max(a.unconstrained_retained for a in mine),
             by_rows=_by_rows(own, control=False),
             control_by_rows=_by_rows(own, control=True) if has_control else {},
             verdict=word(unmergeability, control, has_skill(references)),
@@ -101,9 +102,13 @@ def sentence(
             f" (utility cost {100 * utility_cost:+.1f} points)"
         )
     for tier, result in tiers.items():
-        kept = f"keeps {100 * (1 - result.unmergeability):.0f} % of the skill"
+        share = round(100 * (1 - result.unmergeability))
+        kept = f"keeps {share} % of the skill"
         if result.control_unmergeability is not None:
             kept += f" (of the control's: {100 * (1 - result.control_unmergeability):.0f} %)"
+        free = round(100 * (result.partners_ignored or 0.0))
+        if free > share:
+            kept += f", and {free} % if the partners do not matter"
         parts.append(f"{tier} {result.verdict}: {MEANS[tier]} {kept}")
     return ". ".join(parts) + "."
 
