@@ -54,6 +54,14 @@ def test_the_best_score_is_chosen_and_the_later_one_on_a_tie() -> None:
     assert best_of(early, Candidate(4, 0.81, None, 0.5)) == 4
 
 
+def test_where_nothing_is_protected_the_most_useful_one_is_chosen() -> None:
+    weak, useful, weaker = (
+        Candidate(step, utility + noise, utility, 0.55)  # single precision against double
+        for step, utility, noise in ((2, 0.92, 1e-8), (4, 0.957, -1e-8), (6, 0.953, 0.0))
+    )
+    assert best_of(weak, useful, weaker) == 4
+
+
 class Scales:
     """Stands for an update: remembers the scale the model is at."""
 

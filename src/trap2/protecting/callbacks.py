@@ -27,8 +27,11 @@ class BestCandidate(TrainerCallback):
 
     @property
     def chosen(self) -> Candidate:
-        """The best candidate; the later one on equal scores."""
-        return max(self.history, key=lambda candidate: (candidate.score, candidate.step))
+        """The best candidate; on equal scores the more useful one, then the later one.
+
+        Where nothing is protected utility and leak cancel out: scores then differ by rounding only.
+        """
+        return max(self.history, key=lambda c: (round(c.score, 4), c.utility, c.step))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On a resume, take back what was judged before the checkpoint."""
