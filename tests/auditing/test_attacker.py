@@ -365,10 +365,10 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(monkeypatch, spec, message
 
 
 def test_a_plan_that_can_be_carried_out_is_not():
-    plan()
-    plan(models=2)
-    plan(attacks=[], t3_attacks=["ties"], coefficients=[1.5])
-    plan(attacks=["slerp"], t3_attacks=[])
+    assert plan() is None
+    assert plan(models=2) is None
+    assert plan(attacks=[], t3_attacks=["ties"], coefficients=[1.5]) is None
+    assert plan(attacks=["slerp"], t3_attacks=[]) is None
 
 
 def test_an_attack_of_one_tier_is_tried_in_no_other(monkeypatch):

@@ -123,8 +123,9 @@ def test_bare_records_still_draw(tmp_path):
     update = {"release": release, "frontier": [], "scale_curve": [], "tiers": {}}
     bare = bare.model_copy(update=update)
     for draw in FIGURES:
-        ET.fromstring(draw(bare))
+        assert ET.fromstring(draw(bare)).tag.endswith("svg")
     plots.summary_figure(bare, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_users_matplotlib_is_left_alone():

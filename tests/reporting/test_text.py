@@ -151,4 +151,4 @@ def test_text_needs_neither_matplotlib_nor_jinja_nor_torch():
         "import sys, trap2.reporting.text; "
         "assert not {'matplotlib', 'jinja2', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
