@@ -104,11 +104,13 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == [
-        *("breadcrumbs", "cart", "dare_ties", "della", "iso_c", "iso_cts", "karcher"),
-        *("model_stock", "slerp", "task_arithmetic", "ties", "ties_core", "ties_knots"),
-        *("ties_sum", "tsv"),
+        *("adamerging", "breadcrumbs", "cart", "chain_of_merges", "dare_ties", "della", "distac"),
+        *("fisher", "iso_c", "iso_cts", "karcher", "model_stock", "noisy", "prodistill", "pruned"),
+        *("regmean", "regmean_pp", "rounded", "slerp", "task_arithmetic", "thinned", "ties"),
+        *("ties_core", "ties_knots", "ties_sum", "truncated", "tsv"),
     ]
     assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
+    assert " T4        https://arxiv.org/abs/2212.09849  alpha in (0.9, 1.0)" in listed["regmean"]
     assert " T1 T2     https://doi.org/10.1145/325165.325242" in listed["slerp"]
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from trap2.attacks import attack as module
 from trap2.attacks.attack import (
     COEFFICIENTS,
+    DATA_TIER,
     TIERS,
     Attack,
     attack,
@@ -46,7 +47,8 @@ def test_built_in_attacks_are_listed_and_say_what_they_are():
         assert entry.name == name
         assert entry.paper.startswith("https://")
         assert entry.function.__doc__
-        assert set(entry.tiers) <= set(TIERS)
+        assert set(entry.tiers) <= set(TIERS) or entry.tiers == (DATA_TIER,)
+        assert entry.needs_data == (entry.tiers == (DATA_TIER,))
         assert 0.0 in entry.coefficients
         assert all(keys.keys() == entry.grid.keys() for keys in entry.settings())
     assert attacks.get("slerp").needs_base
@@ -60,6 +62,28 @@ def test_settings_are_all_combinations(registry):
 
     entry = registered(registry, mine, grid={"p": (1, 2), "q": (0.5,)})
     assert list(entry.settings()) == [{"p": 1, "q": 0.5}, {"p": 2, "q": 0.5}]
+
+
+def test_an_attack_that_takes_data_is_in_the_tier_of_data_alone(registry):
+    def mine(updates, coefficients, *, data, p):
+        return iter(())
+
+    entry = registered(registry, mine, grid={"p": (1,)})
+    assert (entry.needs_data, entry.tiers, list(entry.grid)) == (True, ("T4",), ["p"])
+
+
+def test_an_attack_on_data_is_worked_out_at_once(registry):
+    ran = []
+
+    def mine(updates, coefficients, *, data):
+        for update in updates:
+            ran.extend(data)
+            yield from update.items()
+
+    entry = registered(registry, mine)
+    merged = merge(entry, [A], 1.0, data=["rows"])
+    assert ran == ["rows"]
+    assert dict(merged).keys() == A.keys()
 
 
 def test_an_attack_without_parameters_has_one_setting():

@@ -4,7 +4,8 @@ Symbols: W0 base tensor; dW_i update of model i (`W_i - W0`, float32); c_i its c
 is `W0 + dW`; an attack yields dW tensor by tensor, so that no second model is ever held in memory.
 
 The signature of the function is its schema. Its keyword-only parameters are its hyper-parameters;
-one named `base` asks for the base tensors instead:
+one named `base` asks for the base tensors instead, and one named `data` for the unlabelled rows of
+every model (`Unlabelled`), which makes it an attack of tier T4:
 
     @attack("ties", paper="https://arxiv.org/abs/2306.01708", grid={"density": (0.1, 0.2, 1.0)})
     def ties(
@@ -21,11 +22,12 @@ from importlib import import_module
 from inspect import Parameter, signature
 from itertools import product
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector, Tensors
 from trap2.checkpoint import Checkpoint
 from trap2.errors import Trap2Error, UserError
@@ -36,11 +38,19 @@ BUILT_IN = (
     *("task_arithmetic", "ties", "ties_sum", "dare", "della", "breadcrumbs"),
     *("slerp", "karcher", "model_stock"),
     *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
+    *("transforms",),
+    *("regmean", "regmean_pp", "chain_of_merges", "fisher", "adamerging", "prodistill", "distac"),
 )
 """Modules of this package that register an attack when imported."""
 
 TIERS = ("T1", "T2", "T3")
 """Attacker tiers in which an attack may be tuned: shared coefficient, re-labelled, per model."""
+
+DATA_TIER = "T4"
+"""The tier of every attack that asks for unlabelled rows."""
+
+NOT_TUNED = ("base", "data")
+"""Keyword-only parameters that are no hyper-parameters: what is given instead of tuned."""
 
 COEFFICIENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
 """Shared coefficients an attacker tries unless the attack says otherwise."""
@@ -69,6 +79,7 @@ class Attack:
         needs_base: Whether the function takes the base tensors.
         coefficients: The values tried for the shared coefficient.
         spread: Turns a shared coefficient into one coefficient per model.
+        needs_data: Whether the function takes unlabelled rows of every model.
     """
 
     name: str
@@ -80,6 +91,7 @@ class Attack:
     needs_base: bool
     coefficients: tuple[float, ...]
     spread: Callable[[float, int], tuple[float, ...]] = equal
+    needs_data: bool = False
 
     def settings(self) -> Iterator[dict[str, Setting]]:
         """Every combination of the hyper-parameters in the grid; one empty one if there are none.
@@ -117,8 +129,8 @@ def attack(
     Args:
         name: What it is called.
         paper: Address of its source.
-        grid: The values to try for each keyword-only parameter, `base` excepted.
-        tiers: Attacker tiers in which it takes part.
+        grid: The values to try for each keyword-only parameter, `base` and `data` excepted.
+        tiers: Attacker tiers in which it takes part; one that takes `data` is in T4 alone.
         models: Smallest and largest number of models; None is no limit.
         coefficients: The values to try for the shared coefficient.
         spread: Turns a shared coefficient into one coefficient per model.
@@ -130,10 +142,18 @@ def attack(
     def register(function: F) -> F:
         parameters = signature(function).parameters.values()
         keywords = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
-        needs_base = "base" in keywords
-        _check_schema(name, [k for k in keywords if k != "base"], grid, tiers)
+        _check_schema(name, [k for k in keywords if k not in NOT_TUNED], grid, tiers)
         entry = Attack(
-            name, paper, tiers, function, dict(grid), models, needs_base, coefficients, spread
+            name=name,
+            paper=paper,
+            tiers=(DATA_TIER,) if "data" in keywords else tiers,
+            function=function,
+            grid=dict(grid),
+            models=models,
+            needs_base="base" in keywords,
+            coefficients=coefficients,
+            spread=spread,
+            needs_data="data" in keywords,
         )
         ATTACKS.add(name, entry)
         return function
@@ -168,18 +188,22 @@ def merge(
     coefficients: float | Sequence[float],
     *,
     base: Checkpoint | Mapping[str, Tensor] | None = None,
+    data: Sequence[Unlabelled] = (),
     **params: Setting,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge updates with one attack, tensor by tensor.
 
     The input is checked at once; the merged tensors are worked out as they are asked for, and each
-    is checked: finite, and every tensor that any update has yielded exactly once.
+    is checked: finite, and every tensor that any update has yielded exactly once. An attack with
+    data works all of them out at once, for it runs the live model, which must hold its base then.
 
     Args:
         attack: An attack or its name.
         updates: What is merged: `Update`s, `TaskVector`s or plain mappings of deltas.
         coefficients: One shared coefficient, or one per model.
         base: The base tensors for an attack that needs them; by default those of the updates.
+        data: Unlabelled rows of every model, in the order of the updates, for an attack that
+            needs them.
         **params: The attack's hyper-parameters.
 
     Returns:
@@ -199,12 +223,17 @@ def merge(
     _check_coefficients(chosen, weights, len(updates))
     _check_params(chosen, params)
     vectors = [TaskVector.of(update) for update in updates]
+    given: dict[str, Any] = {}
     if chosen.needs_base:
-        known = _base_of(chosen, vectors, updates, base)
-        merged = chosen.function(vectors, weights, base=known, **params)
+        given["base"] = _base_of(chosen, vectors, updates, base)
     else:
         _common_base(updates)
-        merged = chosen.function(vectors, weights, **params)
+    if chosen.needs_data:
+        _check_data(chosen, data, len(updates))
+        given["data"] = data
+    merged = chosen.function(vectors, weights, **given, **params)
+    if chosen.needs_data:
+        merged = list(merged)
     label = f"attack '{chosen.name}' with coefficients {weights} and {params or 'no parameters'}"
     return _checked(label, merged, dict.fromkeys(name for vector in vectors for name in vector))
 
@@ -231,6 +260,14 @@ def _check_coefficients(chosen: Attack, weights: Sequence[float], count: int) ->
                 f"attack '{chosen.name}' got the coefficient {weight}, which no merge can use; "
                 "give finite numbers"
             )
+
+
+def _check_data(chosen: Attack, data: Sequence[Unlabelled], count: int) -> None:
+    if len(data) != count:
+        raise UserError(
+            f"attack '{chosen.name}' got unlabelled rows of {len(data)} models for {count}; "
+            "give data= with the rows of every model"
+        )
 
 
 def _check_params(chosen: Attack, params: Mapping[str, Setting]) -> None:

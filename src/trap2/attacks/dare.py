@@ -64,6 +64,12 @@ def keep_mask(delta: Tensor, drop: float | Tensor, key: str) -> Tensor:
         drop: Chance that an entry is dropped; one for all, or one for each.
         key: Text that names the mask.
     """
-    digest = hashlib.sha256(f"trap2 dare {key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(delta.shape, generator=generator).to(delta.device) >= drop
+    return (
+        torch.rand(delta.shape, generator=named_generator(f"dare {key}")).to(delta.device) >= drop
+    )
+
+
+def named_generator(key: str) -> torch.Generator:
+    """A generator whose seed depends on the key alone."""
+    digest = hashlib.sha256(f"trap2 {key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

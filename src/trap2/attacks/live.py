@@ -54,6 +54,11 @@ class LiveModel:
         """Names of the base tensors that a merge may change in this model."""
         return tuple(self._names)
 
+    @property
+    def own_names(self) -> Mapping[str, str]:
+        """What the model calls each base tensor that a merge may change."""
+        return self._names
+
     @contextmanager
     def merged(
         self, deltas: Iterable[tuple[str, Tensor]], *, expected: Iterable[str] = ()
