@@ -13,7 +13,7 @@ from trap2.schema import Report, ScalePoint
 
 FIELDS = {
     "Report": "schema_version release references utility_cost scale_curve control_scale_curve "
-    "attacks frontier tiers partners_keep evidence verdict flags limits settings versions "
+    "attacks frontier recovery tiers partners_keep evidence verdict flags limits settings versions "
     "machine seed digests rows created seconds",
     "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
     "References": "base standalone control control_base chance relabelled partners "
@@ -26,6 +26,10 @@ FIELDS = {
     "AttackResult": "name tier params merged retained admissible unconstrained_retained partners "
     "control_params control_merged control_retained control_admissible relabel_rows evaluations",
     "FrontierPoint": "attack params retained partners_retained of",
+    "RecoveryPoint": "method reference budget_rows budget_steps coefficient accuracy "
+    "without_release standalone retained unconstrained admissible partners control_coefficient "
+    "control_accuracy control_without_release control_standalone control_retained "
+    "control_admissible",
     "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
     "control_by_rows verdict",
 }

@@ -137,6 +137,20 @@ class AttackerSpec(Settings):
     )
     t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
     relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
+    data_attacks: list[str] = Field([], description="tier T4: attacks on unlabelled rows")
+    unlabelled_rows: int = Field(100, ge=2, description="validation rows of every task, for T4")
+    recovery: list[Literal["probe", "finetune_before", "finetune_after", "distil"]] = Field(
+        [], description="tier T5: attacks that train on labelled rows; distil is their reference"
+    )
+    recovery_rows: list[Annotated[int, Field(ge=2)]] = Field(
+        [30, 100], min_length=1, description="labelled validation rows each of them may use"
+    )
+    recovery_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [30, 100], min_length=1, description="training steps of 16 rows after which it is judged"
+    )
+    recovery_coefficients: list[float] = Field(
+        [0.5, 1.0], min_length=1, description="shared coefficients of its merges"
+    )
     partners_keep: float = Field(0.95, gt=0, le=1)
     validation_rows: int = Field(300, ge=10)
     test_rows: int = Field(500, ge=10)

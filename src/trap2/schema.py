@@ -23,7 +23,7 @@ from trap2.files import read_json, write_json
 SCHEMA_VERSION = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Tier = Literal["T1", "T2", "T3"]
+Tier = Literal["T1", "T2", "T3", "T4", "T5"]
 Params = dict[str, float | int | str | bool | list[float]]
 
 
@@ -139,6 +139,37 @@ class TierResult(Record):
     verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
 
 
+class RecoveryPoint(Record):
+    """One attack that trains, with one budget: the best merge it ends in, scored on test rows.
+
+    `budget_rows` are labelled rows (unlabelled ones for `distil`), `budget_steps` training steps;
+    0 for a probe, which is fitted. `without_release` is what the same attack reaches with the same
+    budget and without the release, so that `retained` is what the release is worth to it:
+    clip((accuracy - without_release) / (standalone - without_release), 0, 1). `unconstrained` is
+    `retained` if the partners do not matter. A `reference` is no attack on a merge and counts in no
+    tier.
+    """
+
+    method: str
+    reference: bool = False
+    budget_rows: int
+    budget_steps: int
+    coefficient: float
+    accuracy: Fraction
+    without_release: Fraction
+    standalone: Fraction
+    retained: Fraction
+    unconstrained: Fraction
+    admissible: bool
+    partners: dict[str, PartnerScore]
+    control_coefficient: float | None = None
+    control_accuracy: Fraction | None = None
+    control_without_release: Fraction | None = None
+    control_standalone: Fraction | None = None
+    control_retained: Fraction | None = None
+    control_admissible: bool | None = None
+
+
 class Evidence(Record):
     """What the checks weigh beside the scores: how the releases were made and what was tried.
 
@@ -176,6 +207,7 @@ class Report(Record):
     control_scale_curve: list[ScalePoint]
     attacks: list[AttackResult]
     frontier: list[FrontierPoint]
+    recovery: list[RecoveryPoint] = []
     tiers: dict[Tier, TierResult]
     partners_keep: Fraction = 0.95
     evidence: Evidence = Evidence()

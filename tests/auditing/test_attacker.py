@@ -344,7 +344,7 @@ def plan(models: int = 3, **spec: Any) -> None:
         ({"attacks": ["tise"]}, "no attack is called 'tise'; did you mean 'ties'\\? known: "),
         (
             {"t3_attacks": ["nope"]},
-            "no attack is called 'nope'; known: breadcrumbs, .*, mine, .*, task_arithmetic, ties, ",
+            "no attack is called 'nope'; known: adamerging, .*, mine, .*, thinned, ties, ",
         ),
         ({"grids": {"tie": {}}}, "no attack is called 'tie'; did you mean 'ties'"),
         (
@@ -352,7 +352,18 @@ def plan(models: int = 3, **spec: Any) -> None:
             "attacker.grids.ties.densty is no parameter of 'ties'; it has: density",
         ),
         ({"coefficients": {"tie": [1.0]}}, "no attack is called 'tie'; did you mean 'ties'"),
-        ({"attacks": [], "t3_attacks": []}, "are both empty, so nothing would be tried; known: "),
+        (
+            {"attacks": [], "t3_attacks": []},
+            "recovery are all empty, so nothing would be tried; known: ",
+        ),
+        (
+            {"attacks": ["regmean"]},
+            "attacker.attacks has 'regmean', which takes unlabelled rows; move it to attacker.data",
+        ),
+        (
+            {"data_attacks": ["ties"]},
+            "data_attacks has 'ties', which takes no unlabelled rows; move it to attacker.attacks",
+        ),
         ({"attacks": ["slerp"], "coefficients": [1.5]}, "'slerp' takes coefficients from 0 to 1"),
         ({"t3_attacks": ["slerp"]}, "'slerp' cannot merge 3 models with one coefficient each"),
         ({"attacks": ["mine"], "models": 2}, "'mine' merges 3 models or more, here are 2; give"),
@@ -369,6 +380,8 @@ def test_a_plan_that_can_be_carried_out_is_not():
     assert plan(models=2) is None
     assert plan(attacks=[], t3_attacks=["ties"], coefficients=[1.5]) is None
     assert plan(attacks=["slerp"], t3_attacks=[]) is None
+    assert plan(attacks=[], t3_attacks=[], data_attacks=["regmean"]) is None
+    assert plan(attacks=[], t3_attacks=[], recovery=["probe"]) is None
 
 
 def test_an_attack_of_one_tier_is_tried_in_no_other(monkeypatch):

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from trap2.auditing.verdict import (
     LIMITS,
+    UNTESTED,
     has_skill,
+    limits,
     retained_skill,
     sentence,
     tier_results,
@@ -163,8 +165,17 @@ def test_without_a_control_the_sentence_speaks_of_none():
 
 
 def test_the_limits_of_every_report_are_whole_sentences():
-    assert len(LIMITS) >= 5
-    assert all(limit[0].isupper() and limit.endswith(".") for limit in LIMITS)
+    assert len(limits([])) >= 5
+    assert all(limit[0].isupper() and limit.endswith(".") for limit in limits([]))
+
+
+def test_what_was_tried_is_no_limit():
+    assert limits([*UNTESTED]) == LIMITS
+    assert limits(["distil", "probe"]) == [
+        *LIMITS,
+        "Fine-tuning the release before merging it was not tested here.",
+        "Fine-tuning the merged model was not tested here.",
+    ]
 
 
 def test_the_sentence_says_what_is_kept_when_partners_do_not_matter():

@@ -6,6 +6,7 @@ from trap2.schema import (
     AttackResult,
     FrontierPoint,
     PartnerScore,
+    RecoveryPoint,
     References,
     RelabelledReferences,
     ReleaseInfo,
@@ -55,6 +56,7 @@ def build_report(
         control_scale_curve=_curve(PLAIN) if control else [],
         attacks=_attacks(control, partners, "ties" if name == "trec6-protected" else name),
         frontier=_frontier(control, "per model"),
+        recovery=_recovery(control, partners),
         tiers=_tiers(control),
         verdict=f"{name} holds against T1 and T2 and leaks against T3: an attacker with one "
         "coefficient per model keeps 41.2% of its skill at an admissible cost.",
@@ -77,6 +79,35 @@ def _curve(accuracies: tuple[float, ...]) -> list[ScalePoint]:
     return [
         ScalePoint(s=s, accuracy=a, loss=3 * (1 - a))
         for s, a in zip(SCALES, accuracies, strict=True)
+    ]
+
+
+def _recovery(control: bool, partners: dict[str, float]) -> list[RecoveryPoint]:
+    other = {
+        "control_coefficient": 1.0,
+        "control_accuracy": 0.91,
+        "control_without_release": 0.7,
+        "control_standalone": 0.95,
+        "control_retained": 0.84,
+        "control_admissible": True,
+    }
+    return [
+        RecoveryPoint(
+            method=method,
+            reference=method == "distil",
+            budget_rows=100,
+            budget_steps=steps,
+            coefficient=0.5,
+            accuracy=0.72,
+            without_release=0.7,
+            standalone=0.95,
+            retained=0.08,
+            unconstrained=0.5,
+            admissible=method != "probe",
+            partners={p: PartnerScore(merged=a, without_release=a) for p, a in partners.items()},
+            **(other if control else {}),
+        )
+        for method, steps in (("probe", 0), ("finetune_after", 60), ("distil", 60))
     ]
 
 

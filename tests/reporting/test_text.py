@@ -121,11 +121,29 @@ def test_relabelling_table_puts_readings_side_by_side():
     assert not [row for row in bare.rows if "control" in row[0]]
 
 
+def test_recovery_table_says_what_the_release_adds_to_a_budget():
+    report = build_report()
+    table = text.recovery_table(report)
+    assert table.rows == (
+        ("probe", "100", text.NONE, "*72.0%", "70.0%", "91.0%", "70.0%", "8.0% (84.0%)"),
+        ("finetune_after", "100", "60", "72.0%", "70.0%", "91.0%", "70.0%", "8.0% (84.0%)"),
+        ("distil (reference)", "100", "60", "72.0%", "70.0%", "91.0%", "70.0%", "8.0% (84.0%)"),
+    )
+    assert "Attackers who train" in text.render(report)
+    bare = report.model_copy(update={"recovery": []})
+    assert "Attackers who train" not in text.render(bare)
+    assert text.recovery_table(build_report(control=False)).rows[0][5:] == (
+        text.NONE,
+        text.NONE,
+        f"8.0% ({text.NONE})",
+    )
+
+
 def test_tiers_left_out_are_named():
     report = build_report()
     tiers = {"T1": report.tiers["T1"]}
     shown = text.render(report.model_copy(update={"tiers": tiers}), width=400)
-    assert "Tiers not tested here: T2, T3." in shown
+    assert "Tiers not tested here: T2, T3, T4, T5." in shown
 
 
 def test_long_lists_of_coefficients_are_cut():

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from trap2.attacks.attack import merge
+from trap2.attacks.attack import load_attacks, merge
 from trap2.attacks.live import LiveModel
+from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
@@ -130,10 +131,18 @@ class Arena:
         key = (mixture, member, split)
         if key not in self._known:
             with self._merged(mixture):
-                self._known[key] = self.members[member].evaluators[split]()
-            self.evaluations += 1
-            self.progress.tick()
+                for name, rows in self._due(mixture, member, split):
+                    self._known[mixture, name, rows] = self.members[name].evaluators[rows]()
+                    self.evaluations += 1
+                    self.progress.tick()
         return self._known[key]
+
+    def _due(self, mixture: Mixture, member: str, split: Split) -> list[tuple[str, Split]]:
+        """What to evaluate of a merge: where making it is dear, all that may be asked of it."""
+        if not load_attacks().get(mixture.attack).needs_data:
+            return [(member, split)]
+        splits: tuple[Split, ...] = ("validation", "test")
+        return [(name, rows) for name in mixture.members for rows in splits]
 
     def is_known(self, mixture: Mixture, member: str, split: Split) -> bool:
         """Whether that evaluation was made already."""
@@ -149,15 +158,27 @@ class Arena:
         """A member by itself at scale s; s = 0 is the base."""
         return Mixture("task_arithmetic", (member,), (s,))
 
+    def unlabelled(self, member: str, count: int | None = None) -> Unlabelled:
+        """The first validation rows of a member's task, without their labels."""
+        rows = self.members[member].evaluators["validation"]
+        count = min(count or self.spec.attacker.unlabelled_rows, len(rows.labels))
+        return self.remember(
+            ("unlabelled", member, count),
+            lambda: Unlabelled(self.live, rows.model, count, rows.batch),
+        )
+
     @contextmanager
     def _merged(self, mixture: Mixture) -> Iterator[None]:
         vectors: Sequence[TaskVector] = [self.members[name].vector for name in mixture.members]
+        needs_data = load_attacks().get(mixture.attack).needs_data
+        params: dict[str, Any] = dict(mixture.params)
         deltas: Iterator[tuple[str, Tensor]] = merge(
             mixture.attack,
             vectors,
             mixture.coefficients,
             base=self.base,
-            **dict(mixture.params),
+            data=[self.unlabelled(name) for name in mixture.members] if needs_data else (),
+            **params,
         )
         with self.live.merged(deltas):
             yield

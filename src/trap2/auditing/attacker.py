@@ -3,6 +3,7 @@
     T1  one shared coefficient, and the attack's own parameters, from a grid
     T2  the same, and the outputs are read through a map fitted on a few labelled rows
     T3  one coefficient per model, by coordinate descent, read in the same way
+    T4  as T1 and T2, with attacks that look at unlabelled rows of every task
 
 It takes the mixture in which the protected task does best among those in which the partner tasks
 keep, on average over partners, a stated share of what the same attack, tuned in the same way,
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trap2.attacks.attack import Attack, equal, load_attacks
+from trap2.attacks.attack import DATA_TIER, Attack, equal, load_attacks
 from trap2.auditing.arena import Arena, Mixture
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
@@ -62,16 +63,16 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
             models, or one for which no coefficient is left.
     """
     attacks = load_attacks()
-    if not (spec.attacks or spec.t3_attacks):
+    if not (spec.attacks or spec.t3_attacks or spec.data_attacks or spec.recovery):
         raise UserError(
-            "attacker.attacks and attacker.t3_attacks are both empty, so nothing would be tried; "
-            f"known: {', '.join(attacks)}"
+            "attacker.attacks, t3_attacks, data_attacks and recovery are all empty, so nothing "
+            f"would be tried; known: {', '.join(attacks)}"
         )
     for name, grid in spec.grids.items():
         _settings(attacks.get(name), grid)
     for name in spec.coefficients if isinstance(spec.coefficients, dict) else ():
         attacks.get(name)  # a name without an attack would be ignored
-    for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks]):
+    for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks, *spec.data_attacks]):
         if attack.models[0] > models:
             raise UserError(
                 f"attack '{attack.name}' merges {attack.models[0]} models or more, here are "
@@ -82,12 +83,26 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
                 f"attack '{attack.name}' takes coefficients from 0 to 1, and "
                 f"attacker.coefficients has none; add some, or remove it from the attacks"
             )
+    _check_lists(spec)
     for attack in map(attacks.get, spec.t3_attacks):
         if "T3" not in attack.tiers or (attack.models[1] or models) < models:
             raise UserError(
                 f"attack '{attack.name}' cannot merge {models} models with one coefficient each, "
                 "which T3 does; remove it from attacker.t3_attacks"
             )
+
+
+def _check_lists(spec: AttackerSpec) -> None:
+    """Whether every attack stands where what it needs is counted."""
+    for key in ("attacks", "t3_attacks", "data_attacks"):
+        for attack in map(load_attacks().get, getattr(spec, key)):
+            if attack.needs_data is not (key == "data_attacks"):
+                takes = "takes" if attack.needs_data else "takes no"
+                right = "data_attacks" if attack.needs_data else "attacks"
+                raise UserError(
+                    f"attacker.{key} has '{attack.name}', which {takes} unlabelled rows; "
+                    f"move it to attacker.{right}"
+                )
 
 
 def tried(name: str, spec: AttackerSpec) -> dict[str, list[float]]:
@@ -117,16 +132,17 @@ class Attacker:
         return self.arena.spec.attacker
 
     def shared(self, name: str) -> Iterator[tuple[str, int, Catch]]:
-        """T1 and T2 with one attack.
+        """T1 and T2 with one attack, or T4 with one that takes unlabelled rows.
 
         Yields:
             (tier, labelled rows used for re-labelling, catch).
         """
         self.arena.progress.say(f"{name} on the {self.side}, one coefficient")
         mixtures = self.explored[name] = list(self._grid(name))
+        attack = load_attacks().get(name)
         for rows in (0, *self._spec.relabel_rows):
-            tier = "T2" if rows else "T1"
-            if tier in load_attacks().get(name).tiers:
+            tier = DATA_TIER if attack.needs_data else "T2" if rows else "T1"
+            if tier in attack.tiers:
                 yield tier, rows, self._best(name, mixtures, rows)
 
     def per_model(self, name: str) -> Iterator[tuple[str, int, Catch]]:
@@ -152,6 +168,11 @@ class Attacker:
                 best = self._best(name, mixtures, rows, score=False).mixture
         for used in (0, *self._spec.relabel_rows):
             yield "T3", used, self._best(name, mixtures, used)
+
+    def reference(self, name: str) -> Mixture:
+        """What one attack makes of all partners without the release, tuned in the same way."""
+        members = (self.side, *self.arena.partners)
+        return self._without(name, Mixture(name, members, equal(1.0, len(members))))
 
     def frontier(self, name: str) -> Iterator[tuple[Mixture, float, float]]:
         """Every mixture of all models whose partners were evaluated, on validation rows.

@@ -9,8 +9,9 @@ from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
 from trap2.auditing.checks import raised
 from trap2.auditing.evidence import gather, release_record
+from trap2.auditing.recovery import as_attacks, check_budget, recovery
 from trap2.auditing.sweep import scale_point
-from trap2.auditing.verdict import LIMITS, retained_skill, sentence, tier_results
+from trap2.auditing.verdict import limits, retained_skill, sentence, tier_results
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
 from trap2.provenance import machine, now, versions
@@ -55,6 +56,8 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
     attacks = [_result(key, catches, references) for key in catches[RELEASE]]
+    trained = recovery(attackers)
+    attacks += as_attacks(trained)
     tiers = tier_results(attacks, references)
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
@@ -66,11 +69,12 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         control_scale_curve=curves.get(CONTROL, []),
         attacks=attacks,
         frontier=_frontier(attackers),
+        recovery=trained,
         tiers=tiers,
         partners_keep=spec.attacker.partners_keep,
         evidence=evidence,
         verdict=sentence(references, cost, tiers),
-        limits=LIMITS,
+        limits=limits(spec.attacker.recovery),
         settings=spec.attacker.model_dump(mode="json"),
         versions=versions(),
         machine=machine(),
@@ -81,11 +85,19 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
             "validation": len(release.evaluators["validation"].labels),
             "test": len(release.evaluators["test"].labels),
             "evaluations": arena.evaluations,
+            **_unlabelled(arena),
         },
         created=now(),
         seconds=round(time.monotonic() - started, 1),
     )
     return report.model_copy(update={"flags": raised(report)})
+
+
+def _unlabelled(arena: Arena) -> dict[str, int]:
+    """Rows of every task that T4 looked at without their labels."""
+    if not arena.spec.attacker.data_attacks:
+        return {}
+    return {"unlabelled": max(arena.unlabelled(name).rows for name in arena.members)}
 
 
 def _check_rows(arena: Arena) -> None:
@@ -97,6 +109,7 @@ def _check_rows(arena: Arena) -> None:
             f"re-labelling with {wanted} rows needs as many validation rows, there are {found}; "
             "raise validation_rows, give more rows, or lower relabel_rows"
         )
+    check_budget(arena.spec.attacker, found)
 
 
 def _references(arena: Arena) -> References:
@@ -147,7 +160,7 @@ def _attack(attacker: Attacker) -> dict[Key, Catch]:
     """All tiers of one side, by (attack, tier, labelled rows)."""
     arena, spec = attacker.arena, attacker.arena.spec.attacker
     found: dict[Key, Catch] = {}
-    plan = [(name, attacker.shared) for name in spec.attacks]
+    plan = [(name, attacker.shared) for name in (*spec.attacks, *spec.data_attacks)]
     plan += [(name, attacker.per_model) for name in spec.t3_attacks]
     for name, attempt in plan:
         before = arena.evaluations

@@ -24,7 +24,10 @@ def gather(arena: Arena) -> Evidence:
     surrogates = record.get("surrogates")
     layers = (m for m in arena.encoder.modules() if isinstance(m, _BatchNorm))
     return Evidence(
-        grids={name: tried(name, spec.attacker) for name in spec.attacker.attacks},
+        grids={
+            name: tried(name, spec.attacker)
+            for name in (*spec.attacker.attacks, *spec.attacker.data_attacks)
+        },
         control_differs=differences(record, control),
         surrogates=[str(name) for name in surrogates] if isinstance(surrogates, list) else [],
         batch_norm_layers=sum(layer.track_running_stats for layer in layers),

@@ -3,6 +3,7 @@
 Symbols (docs/method.md): a0 base, a1 standalone, m merged accuracy; R = clip((m-a0)/(a1-a0), 0, 1).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from trap2.schema import AttackResult, References, Tier, TierResult
@@ -13,7 +14,7 @@ HOLDS, BROKEN = 0.8, 0.2
 MERGEABLE = 0.3
 """If the control's unmergeability is above 1 - this, there was nothing to protect."""
 
-TIERS: tuple[Tier, ...] = ("T1", "T2", "T3")
+TIERS: tuple[Tier, ...] = ("T1", "T2", "T3", "T4", "T5")
 
 Word = Literal["holds", "leaks", "broken", "nothing to protect"]
 
@@ -86,6 +87,8 @@ MEANS: dict[Tier, str] = {
     "T1": "a merge with one tuned coefficient",
     "T2": "the same with its outputs re-labelled from a few labelled rows",
     "T3": "a merge with one tuned coefficient per model, re-labelled",
+    "T4": "a merge that looks at unlabelled rows, re-labelled",
+    "T5": "a merge by an attacker who trains on labelled rows",
 }
 
 
@@ -120,8 +123,18 @@ LIMITS = [
     "what that costs the partners is tier T3 and its frontier.",
     "Routing between whole models, switching adapters and averaging outputs leave a release at its "
     "own scale 1; no weight-space protection hinders them.",
-    "Distilling the release into another model is not merging and was not tested here.",
-    "Fine-tuning the release or the merged model further was not tested here.",
     "One training seed and one set of partners; differences of a few points may be chance.",
 ]
 """What every report says it does not claim."""
+
+UNTESTED = {
+    "distil": "Distilling the release into another model is not merging and was not tested here.",
+    "finetune_before": "Fine-tuning the release before merging it was not tested here.",
+    "finetune_after": "Fine-tuning the merged model was not tested here.",
+}
+"""What a report says of each way to train (`attacker.recovery`) that was not tried."""
+
+
+def limits(tried: Sequence[str]) -> list[str]:
+    """What a report says it does not claim, given the ways to train that were tried."""
+    return [*LIMITS, *(said for method, said in UNTESTED.items() if method not in tried)]

@@ -28,7 +28,13 @@ from trap2.schema import FrontierPoint, Report, ScalePoint
 _RELEASE: dict[str, Any] = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
 _CONTROL: dict[str, Any] = {"color": "#D55E00", "marker": "s", "linestyle": "--"}
 _GREY = "#595959"
-_POWERS = {"T1": "one coefficient", "T2": "+ re-labelling", "T3": "+ one per model"}
+_POWERS = {
+    "T1": "one coefficient",
+    "T2": "+ re-labelling",
+    "T3": "+ one per model",
+    "T4": "+ unlabelled rows",
+    "T5": "+ training",
+}
 _STYLE: dict[str, Any] = {
     "font.size": 11,
     "axes.spines.top": False,

@@ -17,6 +17,8 @@ TIERS = {
     "T1": "merges with one shared coefficient, tuned on validation rows",
     "T2": "T1, and re-labels the outputs by a map fitted on labelled rows",
     "T3": "T2, with one coefficient per model",
+    "T4": "T2, with attacks that look at unlabelled rows of every task",
+    "T5": "training on labelled rows: a probe, or fine-tuning before or after the merge",
 }
 """What the attacker of each tier may do; every tier includes the ones before it."""
 
@@ -84,9 +86,9 @@ def not_claimed(report: Report) -> str:
     untested = f" Tiers not tested here: {', '.join(missing)}." if missing else ""
     return (
         "Only the attacks listed below were tried, on these rows, with these partners and one seed "
-        f"({report.seed}). That they fail does not show that every attack fails. Attackers who "
-        "train (fine-tuning, a new read-out on the representation, distillation) are outside "
-        f"these tiers, and the release used alone always works: that is its purpose.{untested}"
+        f"({report.seed}). That they fail does not show that every attack fails. Distillation is "
+        "outside these tiers, and the release used alone always works: that is its purpose."
+        f"{untested}"
     )
 
 
@@ -174,7 +176,7 @@ def relabelling_table(report: Report) -> Table:
         | {r.rows: percent(r.control) for r in refs.relabelled},
     }
     for attack in report.attacks:
-        if attack.tier == "T3":
+        if attack.tier not in ("T1", "T2"):
             continue
         name = clean(attack.name)
         for who, merged, counts in (
@@ -237,6 +239,30 @@ def attack_table(report: Report, details: bool = False) -> Table:
     )
 
 
+def recovery_table(report: Report) -> Table:
+    """What attackers who train get, by budget, with the release and without it."""
+    return Table(
+        "Attackers who train: accuracy on the protected task by budget",
+        ("method", "rows", "steps", "release", "without it", "control", "without", "retained"),
+        tuple(
+            (
+                clean(p.method) + (" (reference)" if p.reference else ""),
+                str(p.budget_rows),
+                str(p.budget_steps) if p.budget_steps else NONE,
+                ("" if p.admissible else "*") + percent(p.accuracy),
+                percent(p.without_release),
+                ("*" if p.control_admissible is False else "") + percent(p.control_accuracy),
+                percent(p.control_without_release),
+                f"{percent(p.retained)} ({percent(p.control_retained)})",
+            )
+            for p in report.recovery
+        ),
+        ("method",),
+        "* no merge counts, so the release is left out; retained (of the control): the share of "
+        "what the release has beyond the same budget without it",
+    )
+
+
 def coefficients(params: Params) -> str:
     """The attacker's choice as `c=0.5, drop=0.2`; long lists are cut."""
     return ", ".join(f"{clean(name, 24)}={_setting(value)}" for name, value in params.items())
@@ -261,6 +287,7 @@ def render(report: Report, width: int = 100) -> str:
         _wrapped(f"Partner tasks, each update alone: {partners or NONE}", width),
         _aligned(tier_table(report), width),
         _aligned(attack_table(report), width),
+        *([_aligned(recovery_table(report), width)] if report.recovery else []),
         _wrapped(f"Not claimed: {not_claimed(report)}", width),
     ]
     if report.limits:

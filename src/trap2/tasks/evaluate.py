@@ -1,7 +1,7 @@
 """How well a model does on rows: logits first, every score from them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +49,20 @@ class Evaluator:
             order = sorted(order, key=lambda i: len(self._encoded[i]))  # type: ignore[assignment]
         self._batches = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
+    def batch(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """The rows at some places as the model takes them, on its device."""
+        device = next(self.model.parameters()).device
+        tensors = self.inputs.batch([self._encoded[i] for i in places])
+        return {name: value.to(device) for name, value in tensors.items()}
+
     @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Evaluate the model as it is now, in evaluation mode; its mode is restored."""
         training = self.model.training
         self.model.eval()
-        device = next(self.model.parameters()).device
         logits: Tensor | None = None
         for batch in self._batches:
-            tensors: dict[str, Any] = self.inputs.batch([self._encoded[i] for i in batch])
-            output = self.model(**{k: v.to(device) for k, v in tensors.items()}).logits
+            output = self.model(**self.batch(batch)).logits
             if logits is None:
                 logits = torch.zeros(len(self.labels), output.shape[1])
             logits[list(batch)] = output.float().cpu()

@@ -42,7 +42,7 @@ def relabelled_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
             f"re-labelling with {rows} rows needs as many validation rows, there are "
             f"{len(fit.labels)}; raise validation_rows or lower relabel_rows"
         )
-    Z, y = _first(fit, rows)
+    Z, y = first_rows(fit, rows)
     kind = max(READERS, key=lambda name: _cross_validated(name, Z, y))
     test_Z, test_y = _arrays(score)
     return float((READERS[kind](Z, y)(test_Z) == test_y).mean())
@@ -50,11 +50,16 @@ def relabelled_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
 
 def cross_validated_accuracy(fit: Evaluation, rows: int) -> float:
     """What the best map reaches in cross-validation on the first `rows` rows: for tuning."""
-    Z, y = _first(fit, rows)
+    Z, y = first_rows(fit, rows)
     return max(_cross_validated(name, Z, y) for name in READERS)
 
 
-def _first(fit: Evaluation, rows: int) -> tuple[Floats, Ints]:
+def first_rows(fit: Evaluation, rows: int) -> tuple[Floats, Ints]:
+    """Outputs (N, C) and labels (N,) of the first rows, without NaN or infinity.
+
+    Raises:
+        UserError: There are fewer than two, which nothing can be fitted on.
+    """
     Z, y = _arrays(fit)
     Z, y = Z[:rows], y[:rows]
     if len(y) < 2:

@@ -1,0 +1,155 @@
+"""Tier T5: choices by brute force on made-up candidates, and all of it on pico releases."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trap2.auditing.arena import CONTROL, RELEASE, Arena
+from trap2.auditing.attacker import Attacker
+from trap2.auditing.audit import audit
+from trap2.auditing.candidate import Candidate, choose
+from trap2.auditing.recovery import METHODS, Trainer, check_budget, recovery
+from trap2.auditing.verdict import retained_skill
+from trap2.errors import UserError
+from trap2.recipes import AttackerSpec, AuditSpec
+from trap2.schema import Report
+
+T5 = {
+    "attacks": ["task_arithmetic"],
+    "t3_attacks": [],
+    "relabel_rows": [6],
+    "recovery": [*METHODS],
+    "recovery_rows": [6, 12],
+    "recovery_steps": [1, 3],
+    "recovery_coefficients": [0.5, 1.0],
+}
+
+
+def made_up(coefficient, gain, test, partner):
+    """A candidate whose accuracies are given: on the side, and on the one partner."""
+    table = {("release", "validation"): gain, ("release", "test"): test}
+    return SimpleNamespace(
+        coefficient=coefficient, accuracy=lambda m, split: table.get((m, split), partner)
+    )
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [
+        ([(0.5, 0.6, 0.61, 0.8), (1.0, 0.9, 0.91, 0.7)], (0.5, True, 0.61, 0.91)),
+        ([(0.5, 0.6, 0.61, 0.8), (1.0, 0.9, 0.91, 0.76)], (1.0, True, 0.91, 0.91)),
+        ([(0.5, 0.6, 0.61, 0.1), (1.0, 0.5, 0.91, 0.1)], (0.5, False, 0.61, 0.61)),
+    ],
+)
+def test_the_best_candidate_that_counts_is_taken(candidates, expected):
+    choice = choose([made_up(*c) for c in candidates], "release", {"b": 0.8}, 0.95)
+    found = (choice.coefficient, choice.admissible, choice.accuracy, choice.unconstrained)
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def report(shelf) -> Report:
+    return audit(AuditSpec.model_validate(shelf.audit("lora", **T5)))
+
+
+def test_every_method_has_a_point_for_every_budget(report):
+    found = [(p.method, p.budget_rows, p.budget_steps) for p in report.recovery]
+    trained = [
+        (method, rows, steps)
+        for method in ("finetune_before", "finetune_after", "distil")
+        for rows in (6, 12)
+        for steps in (1, 3)
+    ]
+    assert found == [("probe", 6, 0), ("probe", 12, 0), *trained]
+    for p in report.recovery:
+        assert p.retained == retained_skill(p.accuracy, p.without_release, p.standalone)
+        assert p.control_retained == retained_skill(
+            p.control_accuracy, p.control_without_release, p.control_standalone
+        )
+        assert set(p.partners) == {"b"}
+        if not p.admissible:
+            assert p.retained == 0
+        if p.method != "probe":
+            assert p.standalone == report.references.standalone
+        assert p.reference == (p.method == "distil")
+
+
+def test_the_tier_counts_what_is_no_reference(report):
+    counted = [p for p in report.recovery if not p.reference]
+    attacks = [a for a in report.attacks if a.tier == "T5"]
+    assert [(a.name, a.relabel_rows, a.params["steps"]) for a in attacks] == [
+        (p.method, p.budget_rows, p.budget_steps) for p in counted
+    ]
+    assert set(report.tiers["T5"].by_rows) == {"6", "12"}
+    assert report.tiers["T5"].unmergeability == pytest.approx(
+        1 - max(a.retained for a in report.attacks)
+    )
+    assert not [limit for limit in report.limits if "was not tested here" in limit]
+
+
+def test_an_audit_without_them_costs_and_says_nothing_of_them(reports):
+    assert reports["lora"].recovery == []
+    assert "T5" not in reports["lora"].tiers
+    assert len([limit for limit in reports["lora"].limits if "not tested here" in limit]) == 3
+
+
+def trainer(shelf, **changes) -> Trainer:
+    arena = Arena(AuditSpec.model_validate(shelf.audit("lora", **{**T5, **changes})))
+    return Trainer(Attacker(arena, RELEASE))
+
+
+def test_training_starts_at_the_release_and_its_loss_falls(shelf):
+    one = trainer(shelf, recovery_steps=[1, 40])
+    member = one.arena.members[RELEASE]
+    before = {n: v.clone() for n, v in one.arena.encoder.state_dict().items()}
+    steps = dict(one.training(dict(one.own(True)), 12))
+    assert list(steps) == [1, 40]
+    for name, delta in one.own(True).items():  # one step of Adam moves by the learning rate
+        assert float((steps[1][name] - delta).abs().max()) <= 3.1e-4
+    losses = []
+    for vector in (one.own(True), steps[40]):
+        with one.arena.live.merged(vector.items()):
+            found = member.evaluators["validation"]()
+        losses.append(float(F.cross_entropy(found.logits[:12], found.labels[:12])))
+    assert losses[1] < losses[0]
+    assert all(torch.equal(v, before[n]) for n, v in one.arena.encoder.state_dict().items())
+
+
+def test_without_the_release_nothing_of_it_is_used(shelf):
+    one = trainer(shelf)
+    assert not any(delta.any() for delta in one.own(False).values())
+    assert set(one.own(False)) == set(one.own(True))
+    (probe,) = METHODS["probe"](one, 6, False)
+    partner = one.arena.members["b"].vector
+    merged = dict(probe[1][1]._deltas())
+    assert all(torch.equal(merged[n], partner[n]) for n in partner)
+
+
+def test_rows_used_up_do_not_choose(shelf):
+    one = trainer(shelf)
+    alone = Candidate(one.arena, RELEASE, 1.0, one.own(True).items, 6)
+    found = one.arena.evaluate(one.arena.alone(RELEASE), RELEASE, "validation")
+    rest = (found.logits[6:].argmax(1) == found.labels[6:]).float().mean()
+    assert alone.accuracy(RELEASE, "validation") == pytest.approx(float(rest))
+    test = one.arena.evaluate(one.arena.alone(RELEASE), RELEASE, "test")
+    assert alone.accuracy(RELEASE, "test") == test.accuracy
+
+
+def test_without_a_control_the_release_is_the_same(shelf, report):
+    settings = shelf.audit("lora", **{**T5, "recovery": ["probe"]})
+    del settings["control"]
+    arena = Arena(AuditSpec.model_validate(settings))
+    points = recovery({RELEASE: Attacker(arena, RELEASE)})
+    assert CONTROL not in arena.sides
+    assert [p.control_accuracy for p in points] == [None, None]
+    assert [p.accuracy for p in points] == [p.accuracy for p in report.recovery[:2]]
+
+
+def test_budgets_that_leave_no_rows_to_choose_by_are_refused():
+    spec = AttackerSpec(recovery=["probe"], recovery_rows=[30, 100])
+    with pytest.raises(UserError, match="recovery_rows=100 leaves none of 100 validation rows to"):
+        check_budget(spec, 100)
+    check_budget(spec, 101)
+    check_budget(AttackerSpec(), 10)
