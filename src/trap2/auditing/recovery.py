@@ -35,7 +35,6 @@ from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
 from trap2.schema import AttackResult, PartnerScore, RecoveryPoint
 
-LEARNING_RATE = 3e-4
 MERGE = "task_arithmetic"
 SPLITS: tuple[Split, ...] = ("validation", "test")
 REFERENCES = ("distil",)
@@ -148,7 +147,7 @@ class Trainer:
             targets,
             imitation if imitate else F.cross_entropy,
             steps=steps,
-            learning_rate=LEARNING_RATE,
+            learning_rate=self.spec.recovery_learning_rate,
             seed=self.arena.spec.seed,
         )
         for step, at in course:
