@@ -148,7 +148,7 @@ class AttackerSpec(Settings):
     recovery_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [30, 100], min_length=1, description="training steps of 16 rows after which it is judged"
     )
-    recovery_learning_rate: float = Field(1e-4, gt=0, description="of Adam, constant")
+    recovery_learning_rate: float = Field(5e-5, gt=0, description="of Adam, constant")
     recovery_coefficients: list[float] = Field(
         [0.5, 1.0], min_length=1, description="shared coefficients of its merges"
     )

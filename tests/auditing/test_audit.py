@@ -99,10 +99,11 @@ def test_every_attack_is_scored_against_its_own_references(reports, kind):
 def test_the_tiers_follow_from_the_attacks(reports, kind):
     report = reports[kind]
     assert report.tiers == tier_results(report.attacks, report.references)
-    assert list(report.tiers) == list(TIERS)
-    worst = [report.tiers[tier].unmergeability for tier in TIERS]
+    tried = TIERS[:3]  # T4 and T5 only when they are listed
+    assert list(report.tiers) == list(tried)
+    worst = [report.tiers[tier].unmergeability for tier in tried]
     assert worst == sorted(worst, reverse=True)
-    for tier in TIERS:
+    for tier in tried:
         assert f"{tier} {report.tiers[tier].verdict}: " in report.verdict
 
 
