@@ -39,6 +39,7 @@ class Trap2Config:
     focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
     weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
     fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
+    memory: int = _setting(0, "rows of earlier trap passes the read-out adversary is fitted on")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
     warmup: int = _setting(100, "plain steps before the trap starts")
     ramp: int = _setting(150, "steps over which the trap grows to its full strength")
@@ -52,6 +53,7 @@ class Trap2Config:
             "readout_weight": (0 <= self.readout_weight < math.inf, "must be finite and 0 or more"),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
+            "memory": (self.memory >= 0, "must be 0 or more"),
             "warmup": (self.warmup >= 0, "must be 0 or more"),
             "ramp": (self.ramp >= 0, "must be 0 or more"),
             "closing": (self.closing >= 0, "must be 0 or more"),

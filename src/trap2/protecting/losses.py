@@ -106,14 +106,26 @@ def readout(outcome: Outcome) -> Tensor:
     Indifferent to shifts, permutations and the size of the logits. Needs several rows of more than
     one class: with fewer there is nothing to read and it is 0.
     """
-    logits, labels = outcome.rows()
-    Z = logits - logits.mean(0)
+    return explained_share(*outcome.rows())
+
+
+def explained_share(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """R2 of the best linear map of the outputs to the labels: see `readout`.
+
+    Args:
+        logits: (N, C).
+        labels: (N,), integers.
+        weights: (N,), how much each row counts; all the same by default.
+
+    Returns:
+        A scalar in [0, 1].
+    """
     # Only classes that occur carry variance: with tokens C is a vocabulary, the batch holds few.
     present = torch.unique(labels)
-    Y = (labels[:, None] == present).to(Z.dtype)
-    Y = Y - Y.mean(0)
     if len(present) < 2:
-        return Z.sum() * 0.0
+        return logits.sum() * 0.0
+    Y = (labels[:, None] == present).to(logits.dtype)
+    Z, Y = _centred(logits, weights), _centred(Y, weights)
     eps = 0.01 * Z.square().sum(0).mean() + torch.finfo(Z.dtype).eps
     with torch.autocast(
         Z.device.type, enabled=False
@@ -125,6 +137,14 @@ def readout(outcome: Outcome) -> Tensor:
             fitted = outer @ torch.linalg.solve(_plus_diagonal(outer, eps), Y)
     share: Tensor = (Y * fitted).sum() / Y.square().sum()
     return share
+
+
+def _centred(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows minus their (weighted) mean, each times the root of its weight."""
+    if weights is None:
+        return rows - rows.mean(0)
+    mean = (weights[:, None] * rows).sum(0) / weights.sum()
+    return (rows - mean) * weights.sqrt()[:, None]
 
 
 def _plus_diagonal(matrix: Tensor, eps: Tensor) -> Tensor:

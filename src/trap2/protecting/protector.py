@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from trap2.errors import UserError
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
-from trap2.protecting.losses import TRAP_LOSSES, Outcome, readout
+from trap2.protecting.losses import TRAP_LOSSES, Outcome
+from trap2.protecting.memory import RowMemory
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
 
@@ -28,11 +29,11 @@ def default_forward(model: nn.Module, batch: Mapping[str, Any]) -> Outcome:
     return Outcome(output.loss, getattr(output, "logits", None), batch.get("labels"))
 
 
-def trap_value(outcome: Outcome, config: Trap2Config) -> Tensor:
-    """The trap loss of one pass: the chosen loss plus the weighted read-out adversary."""
+def trap_value(outcome: Outcome, config: Trap2Config, memory: RowMemory, s: float) -> Tensor:
+    """The trap loss of a pass at scale s: the chosen loss plus the weighted read-out adversary."""
     value = TRAP_LOSSES.get(config.loss)(outcome)
     if config.readout_weight > 0:
-        value = value + config.readout_weight * readout(outcome)
+        value = value + config.readout_weight * memory.readout(outcome, s)
     return value
 
 
@@ -63,6 +64,7 @@ class Protector:
         self.model = model
         self.config = config if config is not None else Trap2Config()
         self.update = LiveUpdate(model)
+        self.memory = RowMemory(self.config.memory)
         self.last: StepRecord | None = None
         self._forward, self._backward = forward, backward
         self._accumulation_steps = accumulation_steps
@@ -87,9 +89,9 @@ class Protector:
             self._backward(loss * share if share != 1.0 else loss)
             return loss
 
-        def scaled(part: int, factor: float) -> Tensor:
+        def scaled(part: int, s: float, factor: float) -> Tensor:
             rows = part_of(batch, self.config.fraction, part, self.config.scales_per_step)
-            value = trap_value(self._forward(self.model, rows), self.config)
+            value = trap_value(self._forward(self.model, rows), self.config, self.memory, s)
             self._backward(value * (factor * share))
             return value
 
@@ -98,10 +100,11 @@ class Protector:
         self._calls += 1
         return torch.tensor(self.last.nominal)
 
-    def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to draw the scales an uninterrupted run would."""
-        return {"calls": self._calls}
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as an uninterrupted run would."""
+        return {"calls": self._calls, "memory": self.memory.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Make the protector first, on the base weights."""
         self._calls = int(state["calls"])
+        self.memory.load_state_dict(state["memory"])

@@ -34,7 +34,7 @@ class StepRecord:
 
 def trap_step(
     nominal: Callable[[], Tensor],
-    scaled: Callable[[int, float], Tensor],
+    scaled: Callable[[int, float, float], Tensor],
     *,
     update: LiveUpdate,
     config: Trap2Config,
@@ -44,8 +44,8 @@ def trap_step(
 
     Args:
         nominal: Runs the user's own forward and backward; returns the loss.
-        scaled: `scaled(part, factor)` runs forward and backward of `factor * trap` on the rows of
-            one part (of `config.scales_per_step`); returns the trap loss.
+        scaled: `scaled(part, s, factor)` runs forward and backward of `factor * trap` on the rows
+            of one part (of `config.scales_per_step`), whose scale is s; returns the trap loss.
         update: The update in training.
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
@@ -64,7 +64,7 @@ def trap_step(
     for part, s in enumerate(scales):
         factor = strength * law.weight(s) / len(scales)
         with replay(), update.at(s), frozen_statistics(update.model):
-            trap += _finite(scaled(part, factor), "trap loss", step) / len(scales)
+            trap += _finite(scaled(part, s, factor), "trap loss", step) / len(scales)
     return StepRecord(loss, trap, tuple(scales))
 
 

@@ -13,6 +13,7 @@ from trap2.errors import Unsupported
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
+from trap2.protecting.memory import RowMemory
 from trap2.protecting.protector import trap_value
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
@@ -56,8 +57,10 @@ class _ProtectedMixin:
         super().__init__(*args, **kwargs)
         self.trap2 = trap2 if trap2 is not None else Trap2Config()
         self.update = LiveUpdate(self.model)
+        self.memory = RowMemory(self.trap2.memory)
         self.last: StepRecord | None = None
         self._factor: float | None = None
+        self._scale = 1.0
         self._trap: Tensor | None = None
         self._counts_items: bool | None = None
         self._records: list[StepRecord] = []
@@ -72,9 +75,9 @@ class _ProtectedMixin:
             losses.append(step(model, inputs, *args, **kwargs))
             return losses[0]
 
-        def scaled(part: int, factor: float) -> Tensor:
+        def scaled(part: int, s: float, factor: float) -> Tensor:
             rows = part_of(inputs, self.trap2.fraction, part, self.trap2.scales_per_step)
-            self._factor = factor
+            self._factor, self._scale = factor, s
             try:
                 step(model, rows, *args, **kwargs)
             finally:
@@ -113,7 +116,7 @@ class _ProtectedMixin:
         # Without a count every loss is a mean over the rows at hand.
         loss, outputs = compute(model, inputs, return_outputs=True, **kwargs)
         logits = outputs.get("logits")
-        value = trap_value(Outcome(loss, logits, labels), self.trap2)
+        value = trap_value(Outcome(loss, logits, labels), self.trap2, self.memory, self._scale)
         self._trap = value.detach()
         scaled_loss = value * (self._factor * self._share(items))
         return (scaled_loss, outputs) if return_outputs else scaled_loss
