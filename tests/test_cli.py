@@ -25,8 +25,8 @@ from trap2.schema import Report
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
-    "audit": ["audit", "--out", "--set", "--overwrite"],
-    "list": ["what"],
+    "audit": ["audit", "--out", "--suite", "--set", "--overwrite"],
+    "list": ["what", "--suite"],
     "demo": ["--out", "--overwrite", "--short"],
 }
 """Every sub-command and flag. Growing it is a deliberate act: each one is a promise."""
@@ -104,12 +104,44 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == [
+        "name",
         *("breadcrumbs", "cart", "dare_ties", "della", "iso_c", "iso_cts", "karcher"),
         *("model_stock", "slerp", "task_arithmetic", "ties", "ties_core", "ties_knots"),
         *("ties_sum", "tsv"),
     ]
-    assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
-    assert " T1 T2     https://doi.org/10.1145/325165.325242" in listed["slerp"]
+    assert listed["ties"].split()[1:6] == ["T1", "T2", "T3", "-", "44"]
+    assert "44  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
+    assert listed["slerp"].split()[1:5] == ["T1", "T2", "base", "11"]
+
+
+def test_a_suite_is_listed_with_what_it_tries_and_costs(capsys):
+    assert main(["list", "attacks", "--suite", "standard-v1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[0]: line for line in lines}
+    assert listed["task_arithmetic"].split()[1:6] == ["T1", "T2", "T3", "-", "14"]
+    assert listed["iso_c"].split()[1:5] == ["T1", "T2", "-", "7"]
+    assert listed["ties_core"].endswith("density in (0.2, 1.0)")
+    for wrong, message in (
+        (["attacks", "--suite", "standard"], "no suite is called 'standard'; did you mean 'stand"),
+        (["losses", "--suite", "quick"], "--suite is about attacks; write: trap2 list attacks --"),
+    ):
+        assert main(["list", *wrong]) == 2
+        assert message in in_one_line(capsys.readouterr().err)
+
+
+def test_an_audit_with_a_suite_keeps_to_it(capsys, shelf, tmp_path):
+    content = shelf.audit("lora")
+    rows = {"relabel_rows": [6], "validation_rows": 24, "test_rows": 24}
+    path = written(tmp_path, {**content, "attacker": rows})
+    assert main(["audit", path, "--out", str(tmp_path / "out"), "--suite", "quick"]) == 0
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.settings["suite"] == "quick"
+    assert report.rows["evaluations"] <= 400
+    assert list(report.tiers) == ["T1", "T2", "T3"]
+    path = written(tmp_path, content, "other.yaml")
+    assert main(["audit", path, "--out", str(tmp_path / "no"), "--suite", "quick"]) == 2
+    message = "attacker.attacks is fixed by the suite 'quick'; remove it, or the suite"
+    assert message in in_one_line(capsys.readouterr().err)
 
 
 def test_losses_are_listed_with_what_they_do(capsys):

@@ -5,6 +5,7 @@ end in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
 """
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -55,12 +56,14 @@ def parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="attack a release and its control, write a report")
     audit.add_argument("audit", type=Path, help="YAML file")
     audit.add_argument("--out", type=Path, required=True, help="folder for the report")
+    audit.add_argument("--suite", metavar="NAME", help="attack as this suite does")
     audit.add_argument("--set", **CHANGES)
     audit.add_argument("--overwrite", action="store_true", help="replace what is there")
     audit.set_defaults(run=_audit)
 
     listing = commands.add_parser("list", help="list what is built in")
     listing.add_argument("what", choices=["attacks", "losses"], help="which of them")
+    listing.add_argument("--suite", metavar="NAME", help="only this suite's attacks")
     listing.set_defaults(run=_list)
 
     demo = commands.add_parser("demo", help="protect, attack and audit a real encoder on real text")
@@ -138,7 +141,8 @@ def _audit(chosen: argparse.Namespace) -> None:
     from trap2.files import new_folder, refuse_existing
     from trap2.recipes import AuditSpec, load
 
-    spec = load(AuditSpec, chosen.audit, chosen.changes)
+    suite = [f"attacker.suite={chosen.suite}"] if chosen.suite else []
+    spec = load(AuditSpec, chosen.audit, [*suite, *chosen.changes])
     refuse_existing(chosen.out, chosen.overwrite)
     from trap2.auditing.audit import audit
     from trap2.progress import audit_bar
@@ -155,17 +159,35 @@ def _audit(chosen: argparse.Namespace) -> None:
 
 def _list(chosen: argparse.Namespace) -> None:
     if chosen.what == "attacks":
-        from trap2.attacks.attack import load_attacks
-
-        attacks = load_attacks()
-        for entry in (attacks.get(name) for name in attacks):
-            grid = ", ".join(f"{key} in {values}" for key, values in entry.grid.items())
-            print(f"{entry.name:16} {' '.join(entry.tiers):9} {entry.paper}  {grid}".rstrip())
+        _list_attacks(chosen.suite)
         return
+    if chosen.suite:
+        raise UserError("--suite is about attacks; write: trap2 list attacks --suite NAME")
     from trap2.protecting.losses import TRAP_LOSSES
 
     for name in TRAP_LOSSES:
         print(f"{name:14} {(TRAP_LOSSES.get(name).__doc__ or '').splitlines()[0]}")
+
+
+def _list_attacks(name: str | None) -> None:
+    from trap2.attacks.attack import load_attacks
+    from trap2.suites import suite
+
+    attacks = load_attacks()
+    rows: list[tuple[str, Any, Any, bool]] = [
+        (own, attacks.get(own).coefficients, attacks.get(own).grid, True) for own in attacks
+    ]
+    if name:
+        rows = [(t.attack, t.coefficients, dict(t.grid), t.per_model) for t in suite(name).trials]
+    print(f"{'name':16} {'tiers':9} {'needs':6} {'merges':>6}  paper and grid")
+    for own, coefficients, grid, per_model in rows:
+        entry = attacks.get(own)
+        tiers = " ".join(tier for tier in entry.tiers if per_model or tier != "T3")
+        merges = len(coefficients) * math.prod(map(len, grid.values()))
+        values = ", ".join(f"{key} in {tuple(values)}" for key, values in grid.items())
+        needs = ", ".join(entry.needs) or "-"
+        line = f"{own:16} {tiers:9} {needs:6} {merges:6}  {entry.paper}  {values}"
+        print(line.rstrip())
 
 
 def _demo(chosen: argparse.Namespace) -> None:
