@@ -25,6 +25,10 @@ from trap2.schema import Report
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
+    "attack": [
+        *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
+        *("--param", "--out", "--as", "--overwrite"),
+    ],
     "audit": ["audit", "--out", "--suite", "--set", "--overwrite"],
     "list": ["what", "--suite"],
     "demo": ["--out", "--overwrite", "--short"],
@@ -155,7 +159,9 @@ def test_losses_are_listed_with_what_they_do(capsys):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["attack"], "invalid choice: 'attack'"),
+        (["merge"], "invalid choice: 'merge'"),
+        (["attack", "ties", "--release", "r", "--out", "o"], "one of the arguments --coefficient "),
+        (["attack", "ties", "--param", "k"], "'k' is not of the form k=v; write for example dens"),
         (["audit", "a.yaml"], "the following arguments are required: --out"),
         (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
         (["list", "papers"], "invalid choice: 'papers'"),
@@ -193,6 +199,33 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     shown = capsys.readouterr().out
     assert f"{100 * report.references.standalone:.1f}" in shown
     assert shown.endswith(f"report: {out / 'report.html'}\n")
+
+
+def test_a_merge_is_written_and_says_whose_head_it_has(capsys, shelf, tmp_path):
+    release, partner = (str(shelf.release("full", role)) for role in ("release", "partner"))
+    out = tmp_path / "merged"
+    arguments = ["attack", "ties", "--release", release, "--partners", partner, "--out", str(out)]
+    arguments += ["--coefficients", "1,0.5", "--param", "density=0.5"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown == f"merged: {out} (the release's own head, heads are never merged)\n"
+    assert json.loads((out / "merge.json").read_text())["coefficients"] == [1.0, 0.5]
+    assert main(arguments) == 2
+    assert "exists already; pass --overwrite or choose" in in_one_line(capsys.readouterr().err)
+    other = [*arguments[:-1], "dense=1", "--overwrite"]
+    assert main(other) == 2
+    assert "no parameter 'dense'; did you mean 'density'" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_merge_as_an_adapter_of_releases_without_a_head(capsys, shelf, tmp_path):
+    release = str(shelf.release("lora", "release"))
+    arguments = ["attack", "task_arithmetic", "--release", release, "--as", "adapter"]
+    out = tmp_path / "out"
+    assert main([*arguments, "--coefficient", "0.5", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"merged: {out} (no head)\n"
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "merge.json")
+    ]
 
 
 def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `trap2 protect | sweep | audit | list | demo`.
+"""The command line: `trap2 protect | sweep | attack | audit | list | demo`.
 
 Nothing heavy is imported before a command is known, so that help is instant. Errors of the user's
 end in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--rows", type=int, default=500, help="how many at most, default 500")
     sweep.set_defaults(run=_sweep)
 
+    _add_attack(commands.add_parser("attack", help="merge a release with others and write it"))
+
     audit = commands.add_parser("audit", help="attack a release and its control, write a report")
     audit.add_argument("audit", type=Path, help="YAML file")
     audit.add_argument("--out", type=Path, required=True, help="folder for the report")
@@ -72,6 +74,34 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--short", action="store_true", help="few steps and rows: it runs")
     demo.set_defaults(run=_demo)
     return top
+
+
+def _add_attack(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument("name", help="attack, see trap2 list attacks")
+    attack.add_argument("--release", type=Path, required=True, help="folder; its head goes along")
+    attack.add_argument("--partners", type=Path, nargs="*", default=[], help="folders")
+    attack.add_argument("--base", help="local folder or Hub id; by default what the release says")
+    chosen = attack.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--coefficient", type=float, help="one for all models")
+    chosen.add_argument("--coefficients", type=_numbers, help="one per model, the release first")
+    attack.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        type=_parameter,
+        metavar="k=v",
+        help="a parameter of the attack; may be given several times",
+    )
+    attack.add_argument("--out", type=Path, required=True, help="folder to make")
+    attack.add_argument(
+        "--as",
+        choices=["model", "adapter"],
+        default="model",
+        dest="form",
+        help="a whole model, or a peft adapter where the merge is one; default model",
+    )
+    attack.add_argument("--overwrite", action="store_true", help="replace what is there")
+    attack.set_defaults(run=_attack)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +138,19 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(wanted) from error
 
 
+def _parameter(text: str) -> tuple[str, float | int | str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        wanted = f"'{text}' is not of the form k=v; write for example density=0.2"
+        raise argparse.ArgumentTypeError(wanted)
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
+
+
 def _protect(chosen: argparse.Namespace) -> None:
     from trap2.recipes import Recipe, load
 
@@ -135,6 +178,29 @@ def _sweep(chosen: argparse.Namespace) -> None:
         seed=recipe.seed,
         say=lambda p: print(f"{p.s:6g} {100 * p.accuracy:8.1f}% {p.loss:8.3f}", flush=True),
     )
+
+
+def _attack(chosen: argparse.Namespace) -> None:
+    from trap2.files import refuse_existing
+
+    refuse_existing(chosen.out, chosen.overwrite)
+    from trap2.attacks.write import recorded_base, write_merge
+    from trap2.tasks.model import base_folder
+    from trap2.update import Update
+
+    base = base_folder(chosen.base or recorded_base(chosen.release))
+    updates = [Update.open(path, base) for path in (chosen.release, *chosen.partners)]
+    out = write_merge(
+        chosen.out,
+        chosen.name,
+        updates,
+        chosen.coefficient if chosen.coefficients is None else chosen.coefficients,
+        dict(chosen.param),
+        form=chosen.form,
+        overwrite=chosen.overwrite,
+    )
+    head = "the release's own head, heads are never merged" if updates[0].head else "no head"
+    print(f"merged: {out} ({head})")
 
 
 def _audit(chosen: argparse.Namespace) -> None:
