@@ -25,8 +25,12 @@ from trap2.schema import Report
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
-    "audit": ["audit", "--out", "--set", "--overwrite"],
-    "list": ["what"],
+    "attack": [
+        *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
+        *("--param", "--out", "--as", "--overwrite"),
+    ],
+    "audit": ["audit", "--out", "--suite", "--set", "--overwrite"],
+    "list": ["what", "--suite"],
     "demo": ["--out", "--overwrite", "--short"],
 }
 """Every sub-command and flag. Growing it is a deliberate act: each one is a promise."""
@@ -104,12 +108,44 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == [
+        "name",
         *("breadcrumbs", "cart", "dare_ties", "della", "iso_c", "iso_cts", "karcher"),
         *("model_stock", "slerp", "task_arithmetic", "ties", "ties_core", "ties_knots"),
         *("ties_sum", "tsv"),
     ]
-    assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
-    assert " T1 T2     https://doi.org/10.1145/325165.325242" in listed["slerp"]
+    assert listed["ties"].split()[1:6] == ["T1", "T2", "T3", "-", "44"]
+    assert "44  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
+    assert listed["slerp"].split()[1:5] == ["T1", "T2", "base", "11"]
+
+
+def test_a_suite_is_listed_with_what_it_tries_and_costs(capsys):
+    assert main(["list", "attacks", "--suite", "standard-v1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[0]: line for line in lines}
+    assert listed["task_arithmetic"].split()[1:6] == ["T1", "T2", "T3", "-", "14"]
+    assert listed["iso_c"].split()[1:5] == ["T1", "T2", "-", "7"]
+    assert listed["ties_core"].endswith("density in (0.2, 1.0)")
+    for wrong, message in (
+        (["attacks", "--suite", "standard"], "no suite is called 'standard'; did you mean 'stand"),
+        (["losses", "--suite", "quick"], "--suite is about attacks; write: trap2 list attacks --"),
+    ):
+        assert main(["list", *wrong]) == 2
+        assert message in in_one_line(capsys.readouterr().err)
+
+
+def test_an_audit_with_a_suite_keeps_to_it(capsys, shelf, tmp_path):
+    content = shelf.audit("lora")
+    rows = {"relabel_rows": [6], "validation_rows": 24, "test_rows": 24}
+    path = written(tmp_path, {**content, "attacker": rows})
+    assert main(["audit", path, "--out", str(tmp_path / "out"), "--suite", "quick"]) == 0
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.settings["suite"] == "quick"
+    assert report.rows["evaluations"] <= 400
+    assert list(report.tiers) == ["T1", "T2", "T3"]
+    path = written(tmp_path, content, "other.yaml")
+    assert main(["audit", path, "--out", str(tmp_path / "no"), "--suite", "quick"]) == 2
+    message = "attacker.attacks is fixed by the suite 'quick'; remove it, or the suite"
+    assert message in in_one_line(capsys.readouterr().err)
 
 
 def test_losses_are_listed_with_what_they_do(capsys):
@@ -123,7 +159,9 @@ def test_losses_are_listed_with_what_they_do(capsys):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["attack"], "invalid choice: 'attack'"),
+        (["merge"], "invalid choice: 'merge'"),
+        (["attack", "ties", "--release", "r", "--out", "o"], "one of the arguments --coefficient "),
+        (["attack", "ties", "--param", "k"], "'k' is not of the form k=v; write for example dens"),
         (["audit", "a.yaml"], "the following arguments are required: --out"),
         (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
         (["list", "papers"], "invalid choice: 'papers'"),
@@ -161,6 +199,33 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     shown = capsys.readouterr().out
     assert f"{100 * report.references.standalone:.1f}" in shown
     assert shown.endswith(f"report: {out / 'report.html'}\n")
+
+
+def test_a_merge_is_written_and_says_whose_head_it_has(capsys, shelf, tmp_path):
+    release, partner = (str(shelf.release("full", role)) for role in ("release", "partner"))
+    out = tmp_path / "merged"
+    arguments = ["attack", "ties", "--release", release, "--partners", partner, "--out", str(out)]
+    arguments += ["--coefficients", "1,0.5", "--param", "density=0.5"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown == f"merged: {out} (the release's own head, heads are never merged)\n"
+    assert json.loads((out / "merge.json").read_text())["coefficients"] == [1.0, 0.5]
+    assert main(arguments) == 2
+    assert "exists already; pass --overwrite or choose" in in_one_line(capsys.readouterr().err)
+    other = [*arguments[:-1], "dense=1", "--overwrite"]
+    assert main(other) == 2
+    assert "no parameter 'dense'; did you mean 'density'" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_merge_as_an_adapter_of_releases_without_a_head(capsys, shelf, tmp_path):
+    release = str(shelf.release("lora", "release"))
+    arguments = ["attack", "task_arithmetic", "--release", release, "--as", "adapter"]
+    out = tmp_path / "out"
+    assert main([*arguments, "--coefficient", "0.5", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"merged: {out} (no head)\n"
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "merge.json")
+    ]
 
 
 def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):

@@ -17,7 +17,7 @@ Tree = dict[str, str]
 
 CORE = (
     *("errors", "registry", "files", "checkpoint", "naming", "update", "scales"),
-    *("schema", "recipes", "provenance", "progress"),
+    *("schema", "suites", "recipes", "provenance", "progress"),
 )
 MAY_IMPORT = {
     "core": ("core",),

@@ -1,10 +1,11 @@
-"""The command line: `trap2 protect | sweep | audit | list | demo`.
+"""The command line: `trap2 protect | sweep | attack | audit | list | demo`.
 
 Nothing heavy is imported before a command is known, so that help is instant. Errors of the user's
 end in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
 """
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -52,15 +53,19 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--rows", type=int, default=500, help="how many at most, default 500")
     sweep.set_defaults(run=_sweep)
 
+    _add_attack(commands.add_parser("attack", help="merge a release with others and write it"))
+
     audit = commands.add_parser("audit", help="attack a release and its control, write a report")
     audit.add_argument("audit", type=Path, help="YAML file")
     audit.add_argument("--out", type=Path, required=True, help="folder for the report")
+    audit.add_argument("--suite", metavar="NAME", help="attack as this suite does")
     audit.add_argument("--set", **CHANGES)
     audit.add_argument("--overwrite", action="store_true", help="replace what is there")
     audit.set_defaults(run=_audit)
 
     listing = commands.add_parser("list", help="list what is built in")
     listing.add_argument("what", choices=["attacks", "losses"], help="which of them")
+    listing.add_argument("--suite", metavar="NAME", help="only this suite's attacks")
     listing.set_defaults(run=_list)
 
     demo = commands.add_parser("demo", help="protect, attack and audit a real encoder on real text")
@@ -69,6 +74,34 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--short", action="store_true", help="few steps and rows: it runs")
     demo.set_defaults(run=_demo)
     return top
+
+
+def _add_attack(attack: argparse.ArgumentParser) -> None:
+    attack.add_argument("name", help="attack, see trap2 list attacks")
+    attack.add_argument("--release", type=Path, required=True, help="folder; its head goes along")
+    attack.add_argument("--partners", type=Path, nargs="*", default=[], help="folders")
+    attack.add_argument("--base", help="local folder or Hub id; by default what the release says")
+    chosen = attack.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--coefficient", type=float, help="one for all models")
+    chosen.add_argument("--coefficients", type=_numbers, help="one per model, the release first")
+    attack.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        type=_parameter,
+        metavar="k=v",
+        help="a parameter of the attack; may be given several times",
+    )
+    attack.add_argument("--out", type=Path, required=True, help="folder to make")
+    attack.add_argument(
+        "--as",
+        choices=["model", "adapter"],
+        default="model",
+        dest="form",
+        help="a whole model, or a peft adapter where the merge is one; default model",
+    )
+    attack.add_argument("--overwrite", action="store_true", help="replace what is there")
+    attack.set_defaults(run=_attack)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,6 +138,19 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(wanted) from error
 
 
+def _parameter(text: str) -> tuple[str, float | int | str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        wanted = f"'{text}' is not of the form k=v; write for example density=0.2"
+        raise argparse.ArgumentTypeError(wanted)
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
+
+
 def _protect(chosen: argparse.Namespace) -> None:
     from trap2.recipes import Recipe, load
 
@@ -134,11 +180,35 @@ def _sweep(chosen: argparse.Namespace) -> None:
     )
 
 
+def _attack(chosen: argparse.Namespace) -> None:
+    from trap2.files import refuse_existing
+
+    refuse_existing(chosen.out, chosen.overwrite)
+    from trap2.attacks.write import recorded_base, write_merge
+    from trap2.tasks.model import base_folder
+    from trap2.update import Update
+
+    base = base_folder(chosen.base or recorded_base(chosen.release))
+    updates = [Update.open(path, base) for path in (chosen.release, *chosen.partners)]
+    out = write_merge(
+        chosen.out,
+        chosen.name,
+        updates,
+        chosen.coefficient if chosen.coefficients is None else chosen.coefficients,
+        dict(chosen.param),
+        form=chosen.form,
+        overwrite=chosen.overwrite,
+    )
+    head = "the release's own head, heads are never merged" if updates[0].head else "no head"
+    print(f"merged: {out} ({head})")
+
+
 def _audit(chosen: argparse.Namespace) -> None:
     from trap2.files import new_folder, refuse_existing
     from trap2.recipes import AuditSpec, load
 
-    spec = load(AuditSpec, chosen.audit, chosen.changes)
+    suite = [f"attacker.suite={chosen.suite}"] if chosen.suite else []
+    spec = load(AuditSpec, chosen.audit, [*suite, *chosen.changes])
     refuse_existing(chosen.out, chosen.overwrite)
     from trap2.auditing.audit import audit
     from trap2.progress import audit_bar
@@ -155,17 +225,35 @@ def _audit(chosen: argparse.Namespace) -> None:
 
 def _list(chosen: argparse.Namespace) -> None:
     if chosen.what == "attacks":
-        from trap2.attacks.attack import load_attacks
-
-        attacks = load_attacks()
-        for entry in (attacks.get(name) for name in attacks):
-            grid = ", ".join(f"{key} in {values}" for key, values in entry.grid.items())
-            print(f"{entry.name:16} {' '.join(entry.tiers):9} {entry.paper}  {grid}".rstrip())
+        _list_attacks(chosen.suite)
         return
+    if chosen.suite:
+        raise UserError("--suite is about attacks; write: trap2 list attacks --suite NAME")
     from trap2.protecting.losses import TRAP_LOSSES
 
     for name in TRAP_LOSSES:
         print(f"{name:14} {(TRAP_LOSSES.get(name).__doc__ or '').splitlines()[0]}")
+
+
+def _list_attacks(name: str | None) -> None:
+    from trap2.attacks.attack import load_attacks
+    from trap2.suites import suite
+
+    attacks = load_attacks()
+    rows: list[tuple[str, Any, Any, bool]] = [
+        (own, attacks.get(own).coefficients, attacks.get(own).grid, True) for own in attacks
+    ]
+    if name:
+        rows = [(t.attack, t.coefficients, dict(t.grid), t.per_model) for t in suite(name).trials]
+    print(f"{'name':16} {'tiers':9} {'needs':6} {'merges':>6}  paper and grid")
+    for own, coefficients, grid, per_model in rows:
+        entry = attacks.get(own)
+        tiers = " ".join(tier for tier in entry.tiers if per_model or tier != "T3")
+        merges = len(coefficients) * math.prod(map(len, grid.values()))
+        values = ", ".join(f"{key} in {tuple(values)}" for key, values in grid.items())
+        needs = ", ".join(entry.needs) or "-"
+        line = f"{own:16} {tiers:9} {needs:6} {merges:6}  {entry.paper}  {values}"
+        print(line.rstrip())
 
 
 def _demo(chosen: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
+from trap2.suites import QUICK, suite
 
 
 class Settings(BaseModel):
@@ -121,8 +122,12 @@ class ReleaseSpec(Settings):
 
 
 class AttackerSpec(Settings):
-    """What the attacker may spend."""
+    """What the attacker may spend: a suite, or a choice of one's own; without either, `quick`.
 
+    A choice of one's own is any setting that a suite fixes.
+    """
+
+    suite: str | None = Field(None, description="a frozen attacker: quick or standard-v1")
     attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
     coefficients: list[float] | dict[str, list[float]] | None = Field(
         None, description="shared coefficients tried in T1 and T2, for all attacks or by attack"
@@ -136,10 +141,35 @@ class AttackerSpec(Settings):
         [0.2, 0.4, 0.6, 0.8], description="coefficients of the partners beside the release at 1"
     )
     t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
+    refine: int = Field(
+        2, ge=0, description="rounds of looking halfway between the best mixtures and others"
+    )
+    budget: int | None = Field(
+        None, ge=1, description="mixtures tried at most for each attack on each side"
+    )
     relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
     partners_keep: float = Field(0.95, gt=0, le=1)
     validation_rows: int = Field(300, ge=10)
     test_rows: int = Field(500, ge=10)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_suite(cls, given: Any) -> Any:
+        """Fill in what the suite fixes; a setting that says otherwise contradicts it."""
+        if not isinstance(given, dict):
+            return given
+        name = given.get("suite")
+        if name is None and not any(key in given for key in QUICK.settings()):
+            name = QUICK.name
+        if not isinstance(name, str):
+            return given
+        fixed = suite(name).settings()
+        for key, value in fixed.items():
+            if given.get(key, value) != value:
+                raise ValueError(
+                    f"attacker.{key} is fixed by the suite '{name}'; remove it, or the suite"
+                )
+        return {**given, **fixed, "suite": name}
 
 
 class AuditSpec(Settings):

@@ -81,6 +81,12 @@ class Attack:
     coefficients: tuple[float, ...]
     spread: Callable[[float, int], tuple[float, ...]] = equal
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the function takes beside updates, coefficients and what is tuned."""
+        keywords = _keywords(self.function)
+        return tuple(name for name in keywords if name not in self.grid)
+
     def settings(self) -> Iterator[dict[str, Setting]]:
         """Every combination of the hyper-parameters in the grid; one empty one if there are none.
 
@@ -128,8 +134,7 @@ def attack(
     """
 
     def register(function: F) -> F:
-        parameters = signature(function).parameters.values()
-        keywords = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+        keywords = _keywords(function)
         needs_base = "base" in keywords
         _check_schema(name, [k for k in keywords if k != "base"], grid, tiers)
         entry = Attack(
@@ -139,6 +144,11 @@ def attack(
         return function
 
     return register
+
+
+def _keywords(function: Callable[..., Merged]) -> list[str]:
+    parameters = signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
 
 
 def _check_schema(
