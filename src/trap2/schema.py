@@ -23,6 +23,7 @@ from trap2.files import read_json, write_json
 SCHEMA_VERSION = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Interval = tuple[Fraction, Fraction]
 Tier = Literal["T1", "T2", "T3"]
 Params = dict[str, float | int | str | bool | list[float]]
 
@@ -96,6 +97,7 @@ class AttackResult(Record):
     `params` holds the coefficients the attacker chose; `admissible` says whether the partners kept
     the required share; `unconstrained_retained` is of the best mixture when partners do not matter.
     `evaluations` counts the model runs spent on it so far; runs made before are not made again.
+    `interval` is the 95 % interval of `retained`, `control_interval` that of `control_retained`.
     """
 
     name: str
@@ -110,6 +112,8 @@ class AttackResult(Record):
     control_merged: Fraction | None = None
     control_retained: Fraction | None = None
     control_admissible: bool | None = None
+    interval: Interval | None = None
+    control_interval: Interval | None = None
     relabel_rows: int = 0
     evaluations: int = 0
 
@@ -128,6 +132,8 @@ class TierResult(Record):
     """The worst case of one attacker tier, the ones before it included.
 
     `partners_ignored` is the largest share of the skill kept when partners do not matter.
+    `interval` and `control_interval` are 95 % intervals of the two unmergeabilities; a tier is
+    `inconclusive` if its interval does not tell which other word is right.
     """
 
     unmergeability: Fraction
@@ -136,7 +142,9 @@ class TierResult(Record):
     partners_ignored: Fraction | None = None
     by_rows: dict[str, Fraction] = {}
     control_by_rows: dict[str, Fraction] = {}
-    verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
+    interval: Interval | None = None
+    control_interval: Interval | None = None
+    verdict: Literal["holds", "leaks", "broken", "nothing to protect", "inconclusive"]
 
 
 class Evidence(Record):
@@ -172,6 +180,7 @@ class Report(Record):
     release: ReleaseInfo
     references: References
     utility_cost: float | None
+    utility_cost_interval: tuple[float, float] | None = None
     scale_curve: list[ScalePoint]
     control_scale_curve: list[ScalePoint]
     attacks: list[AttackResult]
