@@ -26,6 +26,11 @@ SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
     "audit": ["audit", "--out", "--set", "--overwrite"],
+    "report": ["report", "--out", "--figure"],
+    "compare": ["reports", "--out"],
+    "card": ["release", "report"],
+    "sign": ["release", "--key"],
+    "verify": ["release", "--key", "--report"],
     "list": ["what"],
     "demo": ["--out", "--overwrite", "--short"],
 }

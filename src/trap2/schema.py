@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trap2.errors import UserError
-from trap2.files import read_json, write_json
+from trap2.files import read_json, weights_digest, write_json
 
 SCHEMA_VERSION = 1
 
@@ -203,6 +203,27 @@ class Report(Record):
     def save(self, path: Path) -> None:
         """Write the record so that it is whole or absent."""
         write_json(path, self.model_dump(mode="json"))
+
+    def check_weights(self, folder: Path) -> None:
+        """Refuse a folder of other weights than those this record speaks of.
+
+        Raises:
+            UserError: The folder is none, cannot be read, or its weights have another digest.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a release folder")
+        try:
+            found = weights_digest(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename}: {error.strerror}; check the release"
+            ) from error
+        audited = self.digests.get("release")
+        if found != audited:
+            raise UserError(
+                f"the report is of weights {audited}, but those in {folder} are {found}; "
+                "give the report of these weights, or audit them"
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Report":

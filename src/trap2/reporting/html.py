@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from trap2.errors import UserError
 from trap2.files import write_text
 from trap2.reporting import plots, tables
 from trap2.reporting.comparison import leaderboard
@@ -48,6 +49,21 @@ def save(report: Report, path: Path) -> None:
         UserError: The place is not writable.
     """
     write_text(path, render(report))
+
+
+def save_comparison(reports: Sequence[tuple[str, Report]], path: Path) -> None:
+    """Write the page of several audits so that it is whole or absent.
+
+    Args:
+        reports: Where each was read from, and the record.
+        path: Where to, ending in `.html`.
+
+    Raises:
+        UserError: Another suffix, or the place is not writable.
+    """
+    if path.suffix != ".html":
+        raise UserError(f"{path} does not end in .html; a comparison is written as a page")
+    write_text(path, render_comparison(reports))
 
 
 def _filled(template: str, **values: Any) -> str:
