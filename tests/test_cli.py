@@ -30,6 +30,11 @@ SURFACE = {
         *("--param", "--out", "--as", "--overwrite"),
     ],
     "audit": ["audit", "--out", "--suite", "--set", "--overwrite"],
+    "report": ["report", "--out", "--figure"],
+    "compare": ["reports", "--out"],
+    "card": ["release", "report"],
+    "sign": ["release", "--key"],
+    "verify": ["release", "--key", "--report"],
     "list": ["what", "--suite"],
     "demo": ["--out", "--overwrite", "--short"],
 }

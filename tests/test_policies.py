@@ -17,7 +17,7 @@ Tree = dict[str, str]
 
 CORE = (
     *("errors", "registry", "files", "checkpoint", "naming", "update", "scales"),
-    *("schema", "suites", "recipes", "provenance", "progress"),
+    *("schema", "suites", "recipes", "provenance", "progress", "signing"),
 )
 MAY_IMPORT = {
     "core": ("core",),
@@ -43,6 +43,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "jinja2": ("trap2.reporting.html",),
     "sklearn": ("trap2.tasks.relabel",),
     "scipy": ("trap2.tasks.relabel",),
+    "model_signing": ("trap2.signing",),
     "mergekit": (),
     "pickle": (),
     "cloudpickle": (),

@@ -12,9 +12,9 @@ from trap2.errors import UserError
 from trap2.schema import Report, ScalePoint
 
 FIELDS = {
-    "Report": "schema_version release references utility_cost scale_curve control_scale_curve "
-    "attacks frontier tiers partners_keep evidence verdict flags limits settings versions "
-    "machine seed digests rows created seconds",
+    "Report": "schema_version release references utility_cost utility_cost_interval scale_curve "
+    "control_scale_curve attacks frontier tiers partners_keep evidence verdict flags limits "
+    "settings versions machine seed digests rows created seconds",
     "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
     "References": "base standalone control control_base chance relabelled partners "
     "partners_base partners_chance",
@@ -24,10 +24,11 @@ FIELDS = {
     "ScalePoint": "s accuracy loss",
     "PartnerScore": "merged without_release",
     "AttackResult": "name tier params merged retained admissible unconstrained_retained partners "
-    "control_params control_merged control_retained control_admissible relabel_rows evaluations",
+    "control_params control_merged control_retained control_admissible interval "
+    "control_interval relabel_rows evaluations",
     "FrontierPoint": "attack params retained partners_retained of",
     "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
-    "control_by_rows verdict",
+    "control_by_rows interval control_interval verdict",
 }
 """Names on disk of schema version 1: one that goes or changes makes a new version."""
 

@@ -1,4 +1,4 @@
-"""The command line: `trap2 protect | sweep | attack | audit | list | demo`.
+"""The command line, `trap2 COMMAND`: protect, attack and audit, report, publish.
 
 Nothing heavy is imported before a command is known, so that help is instant. Errors of the user's
 end in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--overwrite", action="store_true", help="replace what is there")
     audit.set_defaults(run=_audit)
 
+    _add_publishing(commands)
+
     listing = commands.add_parser("list", help="list what is built in")
     listing.add_argument("what", choices=["attacks", "losses"], help="which of them")
     listing.add_argument("--suite", metavar="NAME", help="only this suite's attacks")
@@ -102,6 +104,46 @@ def _add_attack(attack: argparse.ArgumentParser) -> None:
     )
     attack.add_argument("--overwrite", action="store_true", help="replace what is there")
     attack.set_defaults(run=_attack)
+
+
+def _add_publishing(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What comes after an audit: showing it, and letting it travel with the release."""
+    report = commands.add_parser(
+        "report", help="show a report again, or write it in another format"
+    )
+    report.add_argument("report", type=Path, help="report.json")
+    report.add_argument(
+        "--out", type=Path, help=".html, .md, .csv, .svg or .png; default: print it"
+    )
+    report.add_argument(
+        "--figure", default="summary", help="which figure for .svg and .png, default summary"
+    )
+    report.set_defaults(run=_report)
+
+    compare = commands.add_parser("compare", help="several reports side by side")
+    compare.add_argument(
+        "reports", type=Path, nargs="+", metavar="reports", help="report.json files"
+    )
+    compare.add_argument("--out", type=Path, help="page to write, .html")
+    compare.set_defaults(run=_compare)
+
+    card = commands.add_parser("card", help="put what an audit found into a release's model card")
+    card.add_argument("release", type=Path, help="release folder")
+    card.add_argument("report", type=Path, help="report.json of these weights")
+    card.set_defaults(run=_card)
+
+    sign = commands.add_parser(
+        "sign", help="list the digests of a release, and sign them with a key"
+    )
+    sign.add_argument("release", type=Path, help="release folder; sign it last")
+    sign.add_argument("--key", type=Path, help="EC private key, PEM; without it nothing is signed")
+    sign.set_defaults(run=_sign)
+
+    verify = commands.add_parser("verify", help="whether a release is as published and as audited")
+    verify.add_argument("release", type=Path, help="release folder")
+    verify.add_argument("--key", type=Path, help="the publisher's public key, PEM")
+    verify.add_argument("--report", type=Path, help="report.json that should be of these weights")
+    verify.set_defaults(run=_verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -221,6 +263,66 @@ def _audit(chosen: argparse.Namespace) -> None:
         html.save(report, folder / "report.html")
     print(text.render(report))
     print(f"report: {chosen.out / 'report.html'}")
+
+
+def _report(chosen: argparse.Namespace) -> None:
+    from trap2.reporting import export, text
+    from trap2.schema import Report
+
+    report = Report.load(chosen.report)
+    if chosen.out is None:
+        print(text.render(report))
+        return
+    export.export(report, chosen.out, chosen.figure)
+    print(f"written: {chosen.out}")
+
+
+def _compare(chosen: argparse.Namespace) -> None:
+    from trap2.reporting import comparison, text
+    from trap2.schema import Report
+
+    reports = [(str(path), Report.load(path)) for path in chosen.reports]
+    if chosen.out is not None:
+        from trap2.reporting import html
+
+        html.save_comparison(reports, chosen.out)
+    print(text.aligned(comparison.leaderboard(reports), width=120))
+
+
+def _card(chosen: argparse.Namespace) -> None:
+    from trap2.reporting.card import embed
+    from trap2.schema import Report
+
+    embed(Report.load(chosen.report), chosen.release)
+    print(f"card: {chosen.release / 'README.md'}")
+
+
+def _sign(chosen: argparse.Namespace) -> None:
+    from trap2 import signing
+
+    count = signing.write_manifest(chosen.release)
+    print(f"{count} files listed in {chosen.release / signing.MANIFEST}")
+    if chosen.key is not None:
+        signing.sign(chosen.release, chosen.key)
+        print(f"signed: {chosen.release / signing.SIGNATURE}")
+
+
+def _verify(chosen: argparse.Namespace) -> None:
+    from trap2 import signing
+
+    if chosen.key is None or (chosen.release / signing.MANIFEST).exists():
+        count = signing.check_manifest(chosen.release)
+        print(f"{count} files are as {signing.MANIFEST} lists them")
+    if chosen.key is not None:
+        signing.check_signature(chosen.release, chosen.key)
+        print(f"every file is as the owner of {chosen.key} signed it")
+    else:
+        print("no key was given, so this does not say who made them")
+    if chosen.report is not None:
+        from trap2.schema import Report
+
+        Report.load(chosen.report).check_weights(chosen.release)
+        print(f"{chosen.report} is of these weights")
 
 
 def _list(chosen: argparse.Namespace) -> None:

@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trap2.errors import UserError
-from trap2.files import read_json, write_json
+from trap2.files import read_json, weights_digest, write_json
 
 SCHEMA_VERSION = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Interval = tuple[Fraction, Fraction]
 Tier = Literal["T1", "T2", "T3"]
 Params = dict[str, float | int | str | bool | list[float]]
 
@@ -96,6 +97,7 @@ class AttackResult(Record):
     `params` holds the coefficients the attacker chose; `admissible` says whether the partners kept
     the required share; `unconstrained_retained` is of the best mixture when partners do not matter.
     `evaluations` counts the model runs spent on it so far; runs made before are not made again.
+    `interval` is the 95 % interval of `retained`, `control_interval` that of `control_retained`.
     """
 
     name: str
@@ -110,6 +112,8 @@ class AttackResult(Record):
     control_merged: Fraction | None = None
     control_retained: Fraction | None = None
     control_admissible: bool | None = None
+    interval: Interval | None = None
+    control_interval: Interval | None = None
     relabel_rows: int = 0
     evaluations: int = 0
 
@@ -128,6 +132,8 @@ class TierResult(Record):
     """The worst case of one attacker tier, the ones before it included.
 
     `partners_ignored` is the largest share of the skill kept when partners do not matter.
+    `interval` and `control_interval` are 95 % intervals of the two unmergeabilities; a tier is
+    `inconclusive` if its interval does not tell which other word is right.
     """
 
     unmergeability: Fraction
@@ -136,7 +142,9 @@ class TierResult(Record):
     partners_ignored: Fraction | None = None
     by_rows: dict[str, Fraction] = {}
     control_by_rows: dict[str, Fraction] = {}
-    verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
+    interval: Interval | None = None
+    control_interval: Interval | None = None
+    verdict: Literal["holds", "leaks", "broken", "nothing to protect", "inconclusive"]
 
 
 class Evidence(Record):
@@ -172,6 +180,7 @@ class Report(Record):
     release: ReleaseInfo
     references: References
     utility_cost: float | None
+    utility_cost_interval: tuple[float, float] | None = None
     scale_curve: list[ScalePoint]
     control_scale_curve: list[ScalePoint]
     attacks: list[AttackResult]
@@ -194,6 +203,27 @@ class Report(Record):
     def save(self, path: Path) -> None:
         """Write the record so that it is whole or absent."""
         write_json(path, self.model_dump(mode="json"))
+
+    def check_weights(self, folder: Path) -> None:
+        """Refuse a folder of other weights than those this record speaks of.
+
+        Raises:
+            UserError: The folder is none, cannot be read, or its weights have another digest.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a release folder")
+        try:
+            found = weights_digest(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename}: {error.strerror}; check the release"
+            ) from error
+        audited = self.digests.get("release")
+        if found != audited:
+            raise UserError(
+                f"the report is of weights {audited}, but those in {folder} are {found}; "
+                "give the report of these weights, or audit them"
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Report":

@@ -172,7 +172,7 @@ def _audit(out: Path, tasks: dict[str, DemoTask], short: bool) -> Report:
         report = audit(load(AuditSpec, out / "audit.yaml"), progress)
     report.save(out / "report.json")
     html.save(report, out / "report.html")
-    plots.summary_figure(report, out / "report.png")
+    plots.save(plots.summary(report), out / "report.png")
     return report
 
 

@@ -34,7 +34,8 @@ def model_card(record: dict[str, Any]) -> str:
     claim = (
         "On validation rows the skill is there at scale 1 and the table shows what is left "
         "elsewhere. **Whether merges fail is not claimed here**: that takes an audit "
-        "(`trap2 audit`), whose report belongs beside these weights."
+        "(`trap2 audit`). If these weights were audited, what was found stands at the end of this "
+        "card, put there by `trap2 card`, with `report.json` beside it."
         if protected
         else "Nothing is claimed: this release exists to compare the protected one with."
     )
