@@ -65,7 +65,7 @@ TASKS: dict[str, dict[str, str]] = {
     },
 }
 
-PAPER = asdict(Trap2Config.paper())
+PAPER = asdict(Trap2Config.preset("paper"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {key: value for key, value in PAPER.items() if key != "scale_seed"},

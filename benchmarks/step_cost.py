@@ -125,7 +125,7 @@ def steps(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, Callable[[Any],
     if "protected" in kinds:
         made["protected"] = Protector(model, Trap2Config(warmup=0, ramp=0)).backward
     if "paper" in kinds:
-        made["paper"] = Protector(model, Trap2Config.paper()).backward
+        made["paper"] = Protector(model, Trap2Config.preset("paper")).backward
     if "two_pass" in kinds:
         made["two_pass"] = TwoPass(model)
     return {kind: made[kind] for kind in kinds}
@@ -137,7 +137,7 @@ class TwoPass:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shared = LiveUpdate(model).shared
-        self.config = Trap2Config.paper()
+        self.config = Trap2Config.preset("paper")
         self.calls = 0
 
     def __call__(self, batch: dict[str, Tensor]) -> None:

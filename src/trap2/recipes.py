@@ -303,14 +303,18 @@ def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]
 def config_from(settings: dict[str, Any], config_class: type[Any]) -> Any:
     """Make a settings dataclass from recipe values, with a suggestion on an unknown key.
 
+    The key `preset` names the setting that the others change.
+
     Raises:
         UserError: A key is unknown or a value has the wrong type or range.
     """
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    given = dict(settings)
+    preset = given.pop("preset", None)
     values = {}
-    for key, value in settings.items():
+    for key, value in given.items():
         if key not in fields:
-            known = list(fields)
+            known = [*fields, "preset"]
             raise UserError(
                 f"unknown key 'trap2.{key}';{did_you_mean(key, known)} known: {', '.join(known)}"
             )
@@ -322,4 +326,4 @@ def config_from(settings: dict[str, Any], config_class: type[Any]) -> Any:
         except (ValueError, OverflowError) as error:
             name = getattr(wanted, "__name__", wanted)
             raise UserError(f"trap2.{key}={value!r} is no {name}; correct it") from error
-    return config_class(**values)
+    return config_class(**values) if preset is None else config_class.preset(str(preset), **values)

@@ -15,7 +15,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
 
 
 def bert(dropout: float = 0.0) -> nn.Module:

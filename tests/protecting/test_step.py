@@ -202,7 +202,7 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
 @pytest.mark.parametrize("name", ["bert lora", "bert full"])
 def test_the_paper_preset_is_the_papers_formula(name: str) -> None:
     case = Case(name)
-    protector = Protector(case.model, Trap2Config.paper(scale_seed=9))
+    protector = Protector(case.model, Trap2Config.preset("paper", scale_seed=9))
     case.moved()
     protector.backward(case.batch)
     assert protector.last is not None

@@ -22,7 +22,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.protector import Protector
 from trap2.protecting.trainer import protect_trainer
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
 OFF = Trap2Config(strength=0.0)
 
 
@@ -205,14 +205,14 @@ ACCUMULATING = {
     "the model counts items, paper": (
         llama,
         {},
-        Trap2Config.paper(strength=0.5),
+        Trap2Config.preset("paper", strength=0.5),
         1e-5,
     ),
     "the head ignores the count": (bert, {}, DECOY, 1e-9),
     "the head ignores the count, ascent": (
         lora,
         {},
-        Trap2Config(loss="ascent", readout_weight=0.0, warmup=0, ramp=0),
+        Trap2Config(loss="ascent", readout_weight=0.0, fraction=1.0, warmup=0, ramp=0),
         1e-9,
     ),
 }

@@ -4,9 +4,11 @@ Trainer = protect_trainer(Trainer)
 Trainer(model=model, args=args, train_dataset=data, trap2=Trap2Config()).train()
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trap2.errors import Unsupported
@@ -141,6 +143,21 @@ class _ProtectedMixin:
             return 1.0 / self.current_gradient_accumulation_steps
         averaged = self.args.average_tokens_across_devices
         return float(self.accelerator.num_processes) if averaged else 1.0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random streams, keep what the read-out adversary remembers."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        kept = self.memory.state_dict()
+        if kept:
+            save_file(kept, self._memory_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._memory_file(checkpoint).is_file():
+            self.memory.load_state_dict(load_file(self._memory_file(checkpoint)))
+
+    def _memory_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"trap2_memory_{self.args.process_index}.safetensors"
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the trap's own numbers to whatever the trainer logs about a step."""
