@@ -44,6 +44,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": ("trap2.tasks.relabel",),
     "scipy": ("trap2.tasks.relabel",),
     "mergekit": (),
+    "trl": (),
     "pickle": (),
     "cloudpickle": (),
     "dill": (),
