@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from trap2.errors import UserError
+from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import TRAP_LOSSES, Outcome, readout
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
 from trap2.protecting.tokens import shifts_labels
-from trap2.protecting.wrappers import reducing, unwrapped
+from trap2.protecting.wrappers import check_reduced, reducing, unwrapped
 
 Forward = Callable[[nn.Module, Mapping[str, Any]], Outcome]
 
@@ -95,6 +96,7 @@ class Protector:
         self._forward = forward
         self._backward = backward if accelerator is None else accelerator.backward
         self._accumulation_steps, self._accelerator = accumulation_steps, accelerator
+        self._agreement = Agreement(self.config)
         self._step, self._micro = 0, 0
 
     def backward(self, batch: Mapping[str, Any], share: float | None = None) -> Tensor:
@@ -110,15 +112,17 @@ class Protector:
             The nominal task loss, detached: what a plain run would log.
 
         Raises:
-            TrainingStopped: A loss is NaN or infinite.
+            TrainingStopped: A loss is NaN or infinite, or processes train at different scales.
         """
         weight = 1.0 / self._accumulation_steps if share is None else share
         passes = self.config.scales_per_step if self.config.strength_at(self._step) > 0 else 0
+        self._agreement.check(self._step, self.update.device)
 
         def nominal() -> Tensor:
             with reducing(self.model, now=passes == 0):
                 loss = self._forward(self.model, batch).loss
                 self._backward(loss * weight if weight != 1.0 else loss)
+            check_reduced(item.parameter for item in self.update.shared)
             return loss
 
         def scaled(part: int, factor: float) -> Tensor:

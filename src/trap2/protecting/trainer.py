@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trap2.errors import Unsupported
+from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
@@ -85,6 +86,7 @@ class _ProtectedMixin:
         self.trap2 = trap2 if trap2 is not None else Trap2Config()
         self.update = LiveUpdate(self.model)
         self.last: StepRecord | None = None
+        self._agreement = Agreement(self.trap2)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = reads_the_loss_alone(self.trap2)
         self._factor: float | None = None
@@ -103,6 +105,7 @@ class _ProtectedMixin:
             passes = 0
         if "labels" in inputs:
             self._targets = target_count(inputs, self._shifted)
+        self._agreement.check(self.state.global_step, self.update.device)
 
         def nominal() -> Tensor:
             with reducing(model, now=passes == 0):

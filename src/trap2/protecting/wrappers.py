@@ -1,14 +1,19 @@
-"""What torch wraps around a model in training: `torch.compile` and DistributedDataParallel."""
+"""What torch wraps around a model in training: `torch.compile`, DDP and FSDP2 (`fully_shard`)."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from trap2.errors import Unsupported
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside; its parameters are the wrapper's own."""
+    """The model inside `torch.compile` and DDP; its parameters are the wrapper's own."""
     inner: Any = model
     while True:
         if isinstance(inner, DistributedDataParallel):
@@ -27,3 +32,32 @@ def reducing(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
     if now or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory: all of it, or a shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered copies of sharded parameters, so that a change of the shards is seen.
+
+    FSDP2 keeps them where a forward pass was not followed by a backward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_reduced(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse sharded parameters whose gradients a backward pass has left unreduced.
+
+    Raises:
+        Unsupported: `set_requires_gradient_sync(False)` is on.
+    """
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if sharded and all(p.grad is None for p in sharded):
+        raise Unsupported(
+            "no sharded parameter has a gradient after backward; protection scales reduced "
+            "gradients: leave set_requires_gradient_sync at True while accumulating"
+        )
