@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trap2.errors import Unsupported, UserError
 from trap2.naming import is_head
-from trap2.protecting.wrappers import local, reshard
+from trap2.protecting.wrappers import is_sharded, local, reshard
 from trap2.update import PEFT_PREFIX, adapter_refusals
 
 LORA_A = ("lora_A", "lora_embedding_A")
@@ -108,7 +107,7 @@ class LiveUpdate:
 
 def _chain_rule(parameter: nn.Parameter, s: float) -> Callable[[], None]:
     """Multiply by s the gradients that arrive from now on; returns what ends it."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         # A hook on the incoming gradient leaves what .grad holds already untouched.
         handle = parameter.register_hook(lambda grad: grad * s)  # type: ignore[no-untyped-call]
         return handle.remove  # type: ignore[no-any-return]

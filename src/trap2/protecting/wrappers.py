@@ -1,12 +1,14 @@
-"""What torch wraps around a model in training: `torch.compile`, DDP and FSDP2 (`fully_shard`)."""
+"""What torch wraps around a model in training: `torch.compile`, DDP and FSDP2 (`fully_shard`).
+
+FSDP2's modules and tensors are told by their methods: to import their classes takes a second, which
+whoever shards nothing need not wait for.
+"""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trap2.errors import Unsupported
@@ -34,9 +36,15 @@ def reducing(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
     return model.no_sync()
 
 
-def local(tensor: Tensor) -> Tensor:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may hold only a part of it (a `DTensor`)."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> Tensor:
     """The part of a tensor that this process holds, in the same memory: all of it, or a shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
 
 
 def reshard(model: nn.Module) -> None:
@@ -44,8 +52,9 @@ def reshard(model: nn.Module) -> None:
 
     FSDP2 keeps them where a forward pass was not followed by a backward pass.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "set_reshard_after_forward"):
             module.reshard()
 
 
@@ -55,7 +64,7 @@ def check_reduced(parameters: Iterable[nn.Parameter]) -> None:
     Raises:
         Unsupported: `set_requires_gradient_sync(False)` is on.
     """
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    sharded = [p for p in parameters if is_sharded(p)]
     if sharded and all(p.grad is None for p in sharded):
         raise Unsupported(
             "no sharded parameter has a gradient after backward; protection scales reduced "
