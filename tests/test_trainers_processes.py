@@ -70,6 +70,16 @@ def test_a_wrong_scale_on_one_process_stops_both(facts: list[dict[str, Any]]) ->
         )
 
 
+def test_a_trap_dropped_on_one_process_leaves_the_weights_equal_and_finite(
+    done: Path, facts: list[dict[str, Any]]
+) -> None:
+    assert [fact["dropped"] for fact in facts] == [0, script.STEPS]
+    first, second = (load_file(done / f"dropped {rank}.safetensors") for rank in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert value.isfinite().all(), name
+
+
 def test_gathered_parameters_never_hide_the_scaled_shards(facts: list[dict[str, Any]]) -> None:
     for fact in facts:
         before, scaled, after = fact["stale"]

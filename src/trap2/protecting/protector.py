@@ -16,6 +16,7 @@ from trap2.errors import UserError
 from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.guard import Guard
 from trap2.protecting.losses import TRAP_LOSSES, Outcome, readout
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
@@ -97,6 +98,10 @@ class Protector:
         self._backward = backward if accelerator is None else accelerator.backward
         self._accumulation_steps, self._accelerator = accumulation_steps, accelerator
         self._agreement = Agreement(self.config)
+        # How another backward scales its losses is not known, so it may.
+        scaler = getattr(accelerator, "scaler", None)
+        unscaled = self._backward is torch.Tensor.backward or accelerator is not None
+        self._guard = Guard(self.update.model, scaled=not unscaled or scaler is not None)
         self._step, self._micro = 0, 0
 
     def backward(self, batch: Mapping[str, Any], share: float | None = None) -> Tensor:
@@ -112,7 +117,8 @@ class Protector:
             The nominal task loss, detached: what a plain run would log.
 
         Raises:
-            TrainingStopped: A loss is NaN or infinite, or processes train at different scales.
+            TrainingStopped: The nominal loss is NaN or infinite, too many trap losses were, or
+                processes train at different scales.
         """
         weight = 1.0 / self._accumulation_steps if share is None else share
         passes = self.config.scales_per_step if self.config.strength_at(self._step) > 0 else 0
@@ -129,14 +135,25 @@ class Protector:
             rows = part_of(batch, self.config.fraction, part, self.config.scales_per_step)
             with reducing(self.model, now=part == passes - 1):
                 value = trap_value(self._forward(self.model, rows), self.config)
+                self._guard.see(value)
                 self._backward(value * (factor * weight))
             return value
 
         self.last = trap_step(
-            nominal, scaled, update=self.update, config=self.config, step=self._step
+            nominal,
+            scaled,
+            update=self.update,
+            config=self.config,
+            step=self._step,
+            guard=self._guard,
         )
         self._count()
         return torch.tensor(self.last.nominal)
+
+    @property
+    def dropped(self) -> int:
+        """How many trap passes were not finite and left no gradient."""
+        return self._guard.dropped
 
     def _count(self) -> None:
         """Count this micro-batch, and the optimizer step if it ends here."""

@@ -16,6 +16,7 @@ from trap2.errors import Unsupported
 from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.guard import Guard
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import reads_the_loss_alone, trap_value
 from trap2.protecting.scaled import LiveUpdate
@@ -87,6 +88,7 @@ class _ProtectedMixin:
         self.update = LiveUpdate(self.model)
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
+        self._guard = Guard(self.model, scaled=self.accelerator.scaler is not None)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = reads_the_loss_alone(self.trap2)
         self._factor: float | None = None
@@ -124,7 +126,12 @@ class _ProtectedMixin:
             return self._trap
 
         self.last = trap_step(
-            nominal, scaled, update=self.update, config=self.trap2, step=self.state.global_step
+            nominal,
+            scaled,
+            update=self.update,
+            config=self.trap2,
+            step=self.state.global_step,
+            guard=self._guard,
         )
         self._records.append(self.last)
         return losses[0]
@@ -154,6 +161,7 @@ class _ProtectedMixin:
         outcome = self._outcome(compute, model, inputs, kwargs)
         value = trap_value(outcome, self.trap2)
         self._trap = value.detach()
+        self._guard.see(value)
         scaled_loss = value * (self._factor * self._share(items))
         return (scaled_loss, {"logits": outcome.logits}) if return_outputs else scaled_loss
 
@@ -221,12 +229,25 @@ class _ProtectedMixin:
             return 1.0 / self.current_gradient_accumulation_steps
         return 1.0 if self.loss_is_scaled_for_ga is False else processes
 
+    @property
+    def dropped(self) -> int:
+        """Trap passes dropped since training began, before a resume too: the logs know."""
+        logged = sum(entry.get("trap2/dropped", 0) for entry in self.state.log_history)
+        return int(logged) + sum(record.dropped for record in self._records)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the trap's own numbers to whatever the trainer logs about a step."""
-        trapped = [r for r in self._records if r.trap is not None]
-        if "loss" in logs and trapped:
-            logs["trap2/trap_loss"] = sum(r.trap or 0.0 for r in trapped) / len(trapped)
-            logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
         if "loss" in logs:
-            self._records.clear()
+            self._log_trap(logs)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _log_trap(self, logs: dict[str, float]) -> None:
+        drawn = [record for record in self._records if record.scales]
+        sound = [record.trap for record in drawn if record.trap is not None]
+        if sound:
+            logs["trap2/trap_loss"] = sum(sound) / len(sound)
+        if drawn:
+            logs["trap2/scale"] = drawn[-1].scales[-1]
+            logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
+            logs["trap2/dropped"] = sum(record.dropped for record in drawn)
+        self._records.clear()
