@@ -45,6 +45,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "scipy": ("trap2.tasks.relabel",),
     "model_signing": ("trap2.signing",),
     "mergekit": (),
+    "trl": (),
     "pickle": (),
     "cloudpickle": (),
     "dill": (),

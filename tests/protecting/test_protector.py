@@ -320,7 +320,7 @@ def test_a_model_without_logits_can_be_protected_with_hinge() -> None:
     protector.backward(batch)
     assert protector.last is not None
     assert protector.last.trap is not None
-    with pytest.raises(UserError, match="use loss=hinge"):
+    with pytest.raises(UserError, match="use loss=hinge with readout_weight=0"):
         Protector(model, DECOY, forward=regression).backward(batch)
 
 

@@ -36,11 +36,13 @@ class Outcome:
         loss: The task loss, a scalar.
         logits: (N, C), or (N, T, V) for tokens; None for models that give only a loss.
         labels: (N,) or (N, T) integer labels.
+        shifted: Whether the model shifts token labels itself: position t predicts token t + 1.
     """
 
     loss: Tensor
     logits: Tensor | None = None
     labels: Tensor | None = None
+    shifted: bool = True
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Logits (M, C), float32 at least, and labels (M,) of the positions that carry a target.
@@ -51,11 +53,13 @@ class Outcome:
         if self.logits is None or self.labels is None or self.labels.is_floating_point():
             raise UserError(
                 "this trap loss needs logits and integer labels, the model gives none; "
-                "use loss=hinge, which needs only the loss"
+                "use loss=hinge with readout_weight=0, which need only the loss"
             )
         logits, labels = self.logits, self.labels
-        if logits.dim() == 3:  # tokens: position t predicts token t + 1
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        if logits.dim() == 3:
+            if self.shifted:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels = logits.flatten(0, 1), labels.flatten()
         kept = labels != IGNORED
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits[kept].to(wide), labels[kept]

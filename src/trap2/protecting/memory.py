@@ -66,6 +66,8 @@ class RowMemory:
     def _remember(self, logits: Tensor, labels: Tensor, s: float) -> None:
         if self.capacity == 0:
             return
+        sound = logits.isfinite().all(1)  # one bad pass must not spoil those that follow
+        logits, labels = logits[sound], labels[sound]
         scales = torch.full(labels.shape, s, dtype=logits.dtype, device=logits.device)
         new = (logits, labels, scales)
         rows = new if self._rows is None else map(torch.cat, zip(self._rows, new, strict=True))

@@ -128,6 +128,7 @@ def protect(
             history=[candidate.record() for candidate in best.history],
             chosen=best.chosen.record(),
             seconds=time.monotonic() - started,
+            dropped=trainer.dropped,
         )
     shutil.rmtree(work)
     return out
