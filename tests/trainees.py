@@ -23,8 +23,8 @@ from transformers import (
 from trap2.protecting.config import Trap2Config
 
 VOCABULARY = 24
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
-HINGE = Trap2Config(strength=0.5, loss="hinge", readout_weight=0.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
+HINGE = Trap2Config(strength=0.5, loss="hinge", readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
 OFF = Trap2Config(strength=0.0)
 
 SIZES: dict[str, Any] = {
