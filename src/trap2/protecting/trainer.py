@@ -88,7 +88,7 @@ class _ProtectedMixin:
         self.update = LiveUpdate(self.model)
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
-        self._guard = Guard(self.model, scaled=self.accelerator.scaler is not None)
+        self._guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = reads_the_loss_alone(self.trap2)
         self._factor: float | None = None
