@@ -110,7 +110,7 @@ def test_more_than_a_tenth_of_the_recent_passes_stops_training() -> None:
 def test_sharded_gradients_cannot_be_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora()
     monkeypatch.setattr("trap2.protecting.guard.is_sharded", lambda tensor: True)
-    guard = Guard(model, scaled=False)
+    guard = Guard(model, has_scaler=False)
     with guard.watch():
         guard.see(torch.tensor(1.0))
     with pytest.raises(TrainingStopped, match="gradients of sharded parameters"), guard.watch():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import (
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOTrainer,
@@ -240,7 +241,7 @@ def test_preferences_need_a_trap_that_reads_the_loss_alone(kind: str, tmp_path: 
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer, DistillationTrainer])
 def test_generating_trainers_are_refused(trainer_class: type) -> None:
-    with pytest.raises(Unsupported, match=f"{trainer_class.__name__} counts generated batches in"):
+    with pytest.raises(Unsupported, match=f"{trainer_class.__name__} generates its batches in"):
         protect_trainer(trainer_class)

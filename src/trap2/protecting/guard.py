@@ -26,16 +26,16 @@ class Guard:
 
     Args:
         model: The model in training.
-        scaled: Whether a gradient scaler is at work: overflowing gradients are its signal to skip
-            the step and scale less, and are left to it.
+        has_scaler: Whether a gradient scaler is at work: overflowing gradients are its signal to
+            skip the step and scale less, and are left to it.
 
     Attributes:
         sound: Whether the last pass was finite.
         dropped: How many passes were not.
     """
 
-    def __init__(self, model: nn.Module, scaled: bool) -> None:
-        self._model, self._scaled = model, scaled
+    def __init__(self, model: nn.Module, has_scaler: bool) -> None:
+        self._model, self._has_scaler = model, has_scaler
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._broken: list[Tensor] = []
         self.sound, self.dropped = True, 0
@@ -76,7 +76,9 @@ class Guard:
 
     def _held_back(self, grad: Tensor) -> Tensor:
         broken = self._broken[0]
-        if not self._scaled:
-            broken = broken | ~grad.isfinite().all()
+        if not self._has_scaler:
+            # One pass without a copy: a sum is finite where its terms are, up to absurd sizes.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            broken = broken | ~grad.sum(dtype=wide).isfinite()
             self._broken.append(broken)
         return torch.where(broken.to(grad.device), torch.zeros_like(grad), grad)

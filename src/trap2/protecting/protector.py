@@ -83,10 +83,10 @@ class Protector:
         self._backward = backward if accelerator is None else accelerator.backward
         self._accumulation_steps, self._accelerator = accumulation_steps, accelerator
         self._agreement = Agreement(self.config)
-        # How another backward scales its losses is not known, so it may.
+        # A backward of the user's own may scale its losses.
+        own = backward is not torch.Tensor.backward
         scaler = getattr(accelerator, "scaler", None)
-        unscaled = self._backward is torch.Tensor.backward or accelerator is not None
-        self._guard = Guard(self.update.model, scaled=not unscaled or scaler is not None)
+        self._guard = Guard(self.update.model, has_scaler=own or scaler is not None)
         self._step, self._micro = 0, 0
 
     def backward(self, batch: Mapping[str, Any], share: float | None = None) -> Tensor:

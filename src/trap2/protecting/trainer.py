@@ -26,8 +26,11 @@ from trap2.protecting.step import StepRecord, trap_step
 from trap2.protecting.tokens import shifts_labels, target_count
 from trap2.protecting.wrappers import reducing
 
-GENERATING = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "DistillationTrainer")
-"""Trainers that count generated batches inside `training_step`, which we call twice."""
+GENERATING = (
+    *("GRPOTrainer", "RLOOTrainer", "DistillationTrainer"),
+    *("OnlineDPOTrainer", "GKDTrainer"),
+)
+"""Trainers that generate their batches inside `training_step`, which we call twice."""
 
 PAIRED = ("DPOTrainer", "RewardTrainer")
 """Trainers whose batches hold all the chosen rows and then all the rejected ones."""
@@ -55,7 +58,7 @@ def protect_trainer(trainer_class: type) -> Any:
     for name in GENERATING:
         if name in names:
             raise Unsupported(
-                f"{name} counts generated batches in training_step, which protection runs twice; "
+                f"{name} generates its batches in training_step, which protection runs twice; "
                 "protect the supervised stage that follows instead"
             )
     traits = {
@@ -91,7 +94,7 @@ class _ProtectedMixin:
         self.objective = TrapObjective(self.trap2)
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
-        self._guard = Guard(self.model, scaled=self.accelerator.scaler is not None)
+        self._guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = self.objective.reads_the_loss_alone
         self._factor: float | None = None
@@ -109,7 +112,7 @@ class _ProtectedMixin:
         passes = self.trap2.scales_per_step
         if self.trap2.strength_at(self.state.global_step) == 0:
             passes = 0
-        if "labels" in inputs:
+        if isinstance(inputs.get("labels"), Tensor):
             self._targets = target_count(inputs, self._shifted)
         self._agreement.check(self.state.global_step, self.update.device)
 
