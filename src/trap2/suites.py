@@ -93,7 +93,7 @@ QUICK = Suite(
     t3_sweeps=1,
     refine=0,
 )
-"""A few minutes on one CPU thread, for development: no evidence that a protection holds."""
+"""For development, some minutes for a small encoder: no evidence that a protection holds."""
 
 STANDARD_V1 = Suite(
     name="standard-v1",
