@@ -114,9 +114,10 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == [
         "name",
-        *("breadcrumbs", "cart", "dare_ties", "della", "iso_c", "iso_cts", "karcher"),
-        *("model_stock", "slerp", "task_arithmetic", "ties", "ties_core", "ties_knots"),
-        *("ties_sum", "tsv"),
+        *("breadcrumbs", "cart", "consensus", "dare_linear", "dare_ties", "della", "equal_norms"),
+        *("iso_c", "iso_cts", "karcher", "layer_groups", "lines", "model_stock", "nuslerp", "pcb"),
+        *("slerp", "task_arithmetic", "ties", "ties_core", "ties_knots", "ties_sum", "tsv"),
+        "wudi",
     ]
     assert listed["ties"].split()[1:6] == ["T1", "T2", "T3", "-", "44"]
     assert "44  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
@@ -128,7 +129,7 @@ def test_a_suite_is_listed_with_what_it_tries_and_costs(capsys):
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert listed["task_arithmetic"].split()[1:6] == ["T1", "T2", "T3", "-", "14"]
-    assert listed["iso_c"].split()[1:5] == ["T1", "T2", "-", "7"]
+    assert listed["iso_c"].split()[1:5] == ["T1", "T2", "-", "8"]
     assert listed["ties_core"].endswith("density in (0.2, 1.0)")
     for wrong, message in (
         (["attacks", "--suite", "standard"], "no suite is called 'standard'; did you mean 'stand"),

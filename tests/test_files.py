@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from trap2.errors import UserError
 from trap2.files import (
     file_digest,
+    nested,
     new_folder,
     read_json,
     refuse_existing,
@@ -272,3 +273,11 @@ def test_a_missing_json_file_is_said_in_one_line(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"cannot read {tmp_path / 'a.json'}: No such file or directory; check the path"
     )
+
+
+def test_nested_finds_what_is_there_and_nothing_where_something_else_stands():
+    record = {"a": {"b": [1]}, "c": "text", "d": None}
+    assert nested(record, "a", "b") == [1]
+    assert nested(record) == record
+    for keys in (("a", "x"), ("c", "x"), ("d", "x", "y"), ("a", "b", "0")):
+        assert nested(record, *keys) is None

@@ -126,3 +126,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{path} holds a {type(record).__name__}, not an object; write it again")
     return record
+
+
+def nested(record: Any, *keys: str) -> Any:
+    """What stands under these keys, one within the other; None where something else stands.
+
+    For records that others wrote.
+    """
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record

@@ -93,7 +93,7 @@ QUICK = Suite(
     t3_sweeps=1,
     refine=0,
 )
-"""A few minutes on one CPU thread, for development: no evidence that a protection holds."""
+"""For development, some minutes for a small encoder: no evidence that a protection holds."""
 
 STANDARD_V1 = Suite(
     name="standard-v1",
@@ -102,15 +102,23 @@ STANDARD_V1 = Suite(
         Trial("ties", MEAN, (("density", (0.1, 0.2, 0.5, 1.0)),), per_model=True),
         Trial("ties_sum", SUM[::2], (("density", (0.1, 0.2, 0.5, 1.0)),), per_model=True),
         Trial("dare_ties", MEAN, (("drop", (0.5, 0.9)), ("seed", (0, 1)))),
+        Trial("dare_linear", SUM[::2], (("drop", (0.5, 0.9)), ("seed", (0, 1)))),
         Trial("della", MEAN, (("density", (0.2, 0.5)), ("epsilon", (0.15,)), ("seed", (0, 1)))),
         Trial("breadcrumbs", SUM[::2], (("density", (0.15, 0.5)), ("gamma", (0.01,)))),
+        Trial("consensus", SUM[::2], (("strictness", (0.2, 0.4)), ("votes", (1, 2)))),
+        Trial("pcb", MEAN, (("ratio", (0.1, 0.2)),)),
+        Trial("equal_norms", SUM[::2]),
+        Trial("lines", SUM[::2], (("first", (0.3, 0.6, 1.5)),), per_model=True),
+        Trial("layer_groups", SUM[::2], (("early", (0.5, 1.0, 1.5)), ("late", (0.5, 1.0, 1.5)))),
         Trial("slerp", WAY),
+        Trial("nuslerp", WAY, (("scale", (1.0, 1.4)),)),
         Trial("karcher", MEAN, per_model=True),
         Trial("model_stock", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)),
         Trial("tsv", SUM, per_model=True),
-        Trial("iso_c", SUM[::2]),
-        Trial("iso_cts", SUM[::2], (("common", (0.5, 0.8)),)),
-        Trial("cart", SUM[::2], (("rank_share", (0.08, 0.32)), ("weight", (1.0,)))),
+        Trial("wudi", SUM[::2]),
+        Trial("iso_c", MEAN),
+        Trial("iso_cts", MEAN, (("common", (0.5, 0.8)),)),
+        Trial("cart", MEAN, (("rank_share", (0.08, 0.32)), ("weight", (1.0,)))),
         Trial("ties_knots", MEAN, (("density", (0.2, 1.0)),)),
         Trial("ties_core", MEAN, (("density", (0.2, 1.0)),)),
     ),

@@ -232,5 +232,8 @@ def test_the_classes_of_an_adapters_head_come_from_its_record_or_must_be_clear(l
 def test_a_release_says_its_base_or_is_refused(shelf, lora, tmp_path):
     assert recorded_base(shelf.release("full", "release")) == str(shelf.base)
     assert recorded_base(lora[0].folder) == str(shelf.base)
-    with pytest.raises(UserError, match="does not say which base it was trained on; give --base"):
-        recorded_base(tmp_path)
+    for content in (None, "{}", '{"recipe": 3}', '{"recipe": {"base": ["x"]}}'):
+        if content is not None:
+            (tmp_path / "trap2.json").write_text(content)
+        with pytest.raises(UserError, match="does not say which base it was trained on; give --ba"):
+            recorded_base(tmp_path)

@@ -36,6 +36,7 @@ BUILT_IN = (
     *("task_arithmetic", "ties", "ties_sum", "dare", "della", "breadcrumbs"),
     *("slerp", "karcher", "model_stock"),
     *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
+    *("dare_linear", "nuslerp", "lines", "layer_groups", "equal_norms", "consensus", "pcb", "wudi"),
 )
 """Modules of this package that register an attack when imported."""
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trap2.errors import UserError
-from trap2.files import read_json, write_json
+from trap2.files import nested, read_json, write_json
 from trap2.naming import is_head
 from trap2.update import Update
 
@@ -103,7 +103,7 @@ def _config(release: Update) -> dict[str, Any]:
     if not release.head:
         return config
     adapter = read_json(release.folder / "adapter_config.json")
-    architecture = (adapter.get("auto_mapping") or {}).get("base_model_class")
+    architecture = nested(adapter, "auto_mapping", "base_model_class")
     labels = dict(enumerate(_classes(release)))
     return config | {
         "architectures": [architecture] if architecture else None,
@@ -115,8 +115,9 @@ def _config(release: Update) -> dict[str, Any]:
 def _classes(release: Update) -> list[str]:
     """The class names of an adapter's head, made up where only their number is known."""
     record = release.folder / "trap2.json"
-    if record.is_file():
-        return [str(label) for label in read_json(record)["recipe"]["task"]["classes"]]
+    named = nested(read_json(record), "recipe", "task", "classes") if record.is_file() else None
+    if isinstance(named, list):
+        return [str(label) for label in named]
     layers = [tensor for tensor in release.head.values() if tensor.ndim == 2]
     if len(layers) != 1:
         raise UserError(

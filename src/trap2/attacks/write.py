@@ -8,7 +8,7 @@ from trap2.attacks.attack import load_attacks, merge
 from trap2.attacks.merged_adapter import check_adapter, write_adapter
 from trap2.attacks.merged_model import write_model
 from trap2.errors import UserError
-from trap2.files import new_folder, read_json, refuse_existing, write_json
+from trap2.files import nested, new_folder, read_json, refuse_existing, write_json
 from trap2.provenance import now, versions
 from trap2.update import Update
 
@@ -82,7 +82,7 @@ def recorded_base(release: Path) -> str:
         UserError: It does not say.
     """
     record, adapter = release / "trap2.json", release / "adapter_config.json"
-    named = read_json(record).get("recipe", {}).get("base") if record.is_file() else None
+    named = nested(read_json(record), "recipe", "base") if record.is_file() else None
     if named is None and adapter.is_file():
         named = read_json(adapter).get("base_model_name_or_path")
     if not isinstance(named, str):

@@ -40,6 +40,7 @@ ATTACKER: dict[str, Any] = {
     "grids": {"ties": {"density": [0.2]}},
     "t3_values": [0.0, 0.5, 1.0],
     "t3_starts": [0.4, 0.7],
+    "refine": 0,
     "validation_rows": 300,
     "test_rows": 300,
 }
@@ -48,6 +49,7 @@ SHORT_ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic"],
     "coefficients": [0.0, 0.5, 1.0],
     "t3_values": [0.5, 1.0],
+    "refine": 0,
     "relabel_rows": [10, 40],
     "validation_rows": 40,
     "test_rows": 40,
