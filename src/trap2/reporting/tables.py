@@ -54,7 +54,7 @@ def not_claimed(report: Report) -> str:
     missing = [tier for tier in TIERS if tier not in report.tiers]
     untested = f" Tiers not tested here: {', '.join(missing)}." if missing else ""
     return (
-        "Only the attacks listed below were tried, on these rows, with these partners and one seed "
+        "Only the attacks listed here were tried, on these rows, with these partners and one seed "
         f"({report.seed}). That they fail does not show that every attack fails. Attackers who "
         "train (fine-tuning, a new read-out on the representation, distillation) are outside "
         f"these tiers, and the release used alone always works: that is its purpose.{untested}"
