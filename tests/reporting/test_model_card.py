@@ -49,7 +49,7 @@ def test_a_second_audit_takes_the_place_of_the_first(release):
     now = card.read_text(encoding="utf-8")
     assert now.endswith(END + "\n\nMy own words.\n")
     assert now.count("## What an audit found") == 1
-    assert "\nanother\n" in now
+    assert "\n- another\n" in now
 
 
 def test_a_release_without_a_card_gets_one(release):
