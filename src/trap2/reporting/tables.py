@@ -73,8 +73,8 @@ def subject(report: Report) -> str:
 
 
 def verdict(report: Report) -> list[str]:
-    """The verdict, one sentence for the release and one for each tier."""
-    return re.split(r"(?<=\.) (?=T\d )", clean(report.verdict, 2000))
+    """The verdict, sentence by sentence: first of the release, then of each tier."""
+    return re.split(r"(?<=\.) (?=[A-Z])", clean(report.verdict, 2000))
 
 
 def utility_cost(report: Report) -> str:
