@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from auditing.shelf import Shelf, stock
+from reporting.samples import build_report
 from trap2 import __version__
 from trap2.cli import main, parser
+from trap2.files import weights_digest
 from trap2.schema import Report
 
 SURFACE = {
@@ -409,6 +411,93 @@ def test_a_missing_library_is_named_with_the_remedy(capsys, monkeypatch, tmp_pat
     assert main(["audit", "a.yaml", "--out", str(tmp_path / "out")]) == 2
     shown = in_one_line(capsys.readouterr().err)
     assert "audit needs 'yaml', which is not installed; pip install 'trap2[run]'" in shown
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A release with the report of its weights beside it, `../report.json`."""
+    release = tmp_path / "release"
+    release.mkdir()
+    save_file({"w": torch.zeros(2)}, release / "model.safetensors")
+    (release / "README.md").write_text("# topics\n")
+    digests = {"release": weights_digest(release)}
+    build_report().model_copy(update={"digests": digests}).save(tmp_path / "report.json")
+    return release
+
+
+def test_a_report_is_printed_or_drawn_again(capsys, published):
+    report = published.parent / "report.json"
+    assert main(["report", str(report)]) == 0
+    assert capsys.readouterr().out.startswith("Verdict: trec6-protected holds")
+    for name in ("a.md", "a.csv", "a.svg"):
+        out = report.with_name(name)
+        assert main(["report", str(report), "--out", str(out), "--figure", "loss"]) == 0
+        assert capsys.readouterr().out == f"written: {out}\n"
+        assert out.stat().st_size > 500
+    assert main(["report", str(report), "--out", str(report.with_name("a.doc"))]) == 2
+    assert "a.doc has no suffix that says a format" in in_one_line(capsys.readouterr().err)
+
+
+def test_reports_are_compared_in_a_table_and_a_page(capsys, published):
+    report, out = str(published.parent / "report.json"), published.parent / "compare.html"
+    other = shutil.copy(report, published / "report.json")
+    assert main(["compare", report, str(other), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("58.8%") == 2
+    page = out.read_text(encoding="utf-8")
+    assert page.count("58.8% [2.0%]") == 2
+    for name in ("report.json", "release/report.json"):
+        assert f"<bdi>{name}</bdi>" in page
+    assert main(["compare", report, "--out", str(out.with_suffix(".md"))]) == 2
+    assert "compare.md does not end in .html" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_card_a_list_and_a_check_follow_an_audit(capsys, published):
+    release, report = str(published), str(published.parent / "report.json")
+    assert main(["card", release, report]) == 0
+    assert main(["sign", release]) == 0
+    assert main(["verify", release, "--report", report]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"card: {published / 'README.md'}",
+        f"3 files listed in {published / 'SHA256SUMS'}",
+        "3 files are as SHA256SUMS lists them",
+        "no key was given, so this does not say who made them",
+        f"{report} is of these weights",
+    ]
+    save_file({"w": torch.ones(2)}, published / "model.safetensors")
+    assert main(["verify", release]) == 2
+    assert "changed 'model.safetensors'" in in_one_line(capsys.readouterr().err)
+    assert main(["sign", release]) == 0
+    assert main(["verify", release, "--report", report]) == 2
+    assert "the report is of weights sha256:" in in_one_line(capsys.readouterr().err)
+    assert main(["card", release, report]) == 2
+    assert "give the report of these weights" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_signed_release_is_verified_with_the_publishers_key(capsys, published):
+    pytest.importorskip("model_signing", reason="model-signing is not installed")
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = published.parent / "key.pem", published.parent / "key.pub"
+    private.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    public.write_bytes(
+        key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    )
+    release = str(published)
+    assert main(["sign", release, "--key", str(private)]) == 0
+    assert main(["verify", release, "--key", str(public)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"2 files listed in {published / 'SHA256SUMS'}",
+        f"signed: {published / 'model.sig'}",
+        "2 files are as SHA256SUMS lists them",
+        f"every file is as the owner of {public} signed it",
+    ]
+    (published / "README.md").write_text("# topics, changed\n")
+    assert main(["sign", release]) == 0  # the list alone, by whoever changed the card
+    assert main(["verify", release, "--key", str(public)]) == 2
+    assert "is not as the owner of" in in_one_line(capsys.readouterr().err)
 
 
 def unblock() -> None:

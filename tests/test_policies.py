@@ -209,6 +209,7 @@ CASES: list[tuple[Callable[[Tree], Iterator[str]], Tree]] = [
     (homes, {"trap2.tasks.evaluate": "import sklearn.metrics"}),
     (homes, {"trap2.attacks.slerp": "from scipy import optimize"}),
     (homes, {"trap2.checkpoint": "import pickle"}),
+    (homes, {"trap2.files": "from model_signing import signing"}),
     (homes, {"trap2.protecting_more": "import peft"}),
     (pickles, {"trap2.checkpoint": "import torch\nx = torch.load('x')"}),
     (pickles, {"trap2.checkpoint": "from torch import load"}),

@@ -281,7 +281,8 @@ def _compare(chosen: argparse.Namespace) -> None:
     from trap2.reporting import comparison, text
     from trap2.schema import Report
 
-    reports = [(str(path), Report.load(path)) for path in chosen.reports]
+    shared = os.path.commonpath([path.absolute().parent for path in chosen.reports])
+    reports = [(os.path.relpath(path, shared), Report.load(path)) for path in chosen.reports]
     if chosen.out is not None:
         from trap2.reporting import html
 
@@ -290,7 +291,7 @@ def _compare(chosen: argparse.Namespace) -> None:
 
 
 def _card(chosen: argparse.Namespace) -> None:
-    from trap2.reporting.card import embed
+    from trap2.reporting.model_card import embed
     from trap2.schema import Report
 
     embed(Report.load(chosen.report), chosen.release)

@@ -169,7 +169,7 @@ def test_attacks_are_filtered_by_words_and_tiers(show):
 def test_the_keyboard_reaches_the_content_and_shows_where_it_is(show):
     tab = show(build_report())
     tab.press("Tab")
-    assert tab.run("document.activeElement.textContent") == "Skip to the verdict"
+    assert tab.run("document.activeElement.textContent") == "Skip to the results"
     assert tab.run("document.activeElement.getBoundingClientRect().left") >= 0
     tab.press("Enter")
     assert tab.run("location.hash") == "#main"

@@ -160,6 +160,15 @@ def test_intervals_stand_beside_the_numbers():
     assert "95 % interval" not in html.render(build_report())
 
 
+def test_what_holds_only_because_partners_matter_says_so():
+    report = build_report()
+    ignored = {"T1": report.tiers["T1"].model_copy(update={"partners_ignored": 0.9})}
+    words = " ".join(Page(html.render(report.model_copy(update={"tiers": ignored}))).words)
+    assert "Unmergeability, T1 100.0% control 3.3% 10.0% if partners do not matter holds" in (
+        " ".join(words.split())
+    )
+
+
 def test_a_tier_can_be_inconclusive():
     report = build_report()
     tiers = {"T1": report.tiers["T1"].model_copy(update={"verdict": "inconclusive"})}

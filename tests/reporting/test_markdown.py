@@ -59,6 +59,11 @@ def test_markdown_says_what_was_found_its_limits_and_how_to_repeat_it():
     places = [words.index(part) for part in parts]
     assert places == sorted(places)
     assert "Reasons to doubt" not in words
+    said = "It works. T1 holds: 0 %. T3 leaks: 41 %."
+    shown = markdown.render(report.model_copy(update={"verdict": said}))
+    assert "- It works.\n- T1 holds: 0 %.\n- T3 leaks: 41 %.\n" in shown
+    assert "Unmergeability by attacker:\n\n| tier |" in shown
+    assert "unmergeability = 1 - the largest share of the skill" in shown
 
 
 def test_tables_keep_their_shape():

@@ -136,6 +136,16 @@ def test_mixtures_below_the_required_share_do_not_count():
     )
 
 
+def test_of_very_many_mixtures_some_are_drawn_and_the_best_is_still_named():
+    report = mixtures(build_report())
+    common, best = report.frontier[1], report.frontier[2]
+    many = report.model_copy(update={"frontier": [*[common] * 20_000, best]})
+    for name in ("frontier", "coefficients"):
+        svg = draw(name, many)
+        assert len(svg) < 200_000
+        assert "60.0%" in described(svg)[1]
+
+
 def test_hostile_names_come_out_as_short_plain_words(name):
     report = mixtures(build_report(name=HOSTILE))
     points = [p.model_copy(update={"attack": HOSTILE}) for p in report.frontier]

@@ -21,9 +21,9 @@ def leaderboard(reports: Sequence[tuple[str, Report]]) -> Table:
     headers = ("release", "task", "setting", "seed", "alone", "utility cost")
     return Table(
         "Unmergeability, in brackets the control's",
-        (*headers, *TIERS, "verdicts", "flags", "report"),
+        (*headers, *TIERS, "verdict", "flags", "report"),
         tuple(_row(place, report, settings[_setting(report)]) for place, report in ranked),
-        ("release", "task", "verdicts", "flags", "report"),
+        ("release", "task", "verdict", "flags", "report"),
         "Only rows of one setting compare: the same base, task, partners, rows and attacker. "
         "Unmergeability is that of the worst attack of a tier and of the tiers before it.",
     )

@@ -39,7 +39,8 @@ def render_comparison(reports: Sequence[tuple[str, Report]]) -> str:
     Args:
         reports: Where each was read from, and the record.
     """
-    return _filled("compare.html.j2", reports=reports, board=leaderboard(reports))
+    board = leaderboard(reports)
+    return _filled("compare.html.j2", reports=reports, tables=tables, board=board)
 
 
 def save(report: Report, path: Path) -> None:

@@ -13,10 +13,8 @@ from trap2.schema import Report
 def render(report: Report) -> str:
     """The whole report."""
     title = f"# Merging audit of {escaped(clean(report.release.name))}"
-    return (
-        "\n\n".join([title, *audit_sections(report), piped(tables.attack_table(report, True))])
-        + "\n"
-    )
+    attacks = _explained(tables.attack_table(report, details=True))
+    return "\n\n".join([title, *audit_sections(report), "## Attacks", *attacks]) + "\n"
 
 
 def audit_sections(report: Report) -> list[str]:
@@ -35,9 +33,9 @@ def audit_sections(report: Report) -> list[str]:
     ]
     return [
         "## What an audit found",
-        escaped(clean(report.verdict, 2000)),
-        piped(tables.tier_table(report)),
-        piped(tables.reference_table(report)),
+        _listed(tables.verdict(report)),
+        *_explained(tables.tier_table(report)),
+        *_explained(tables.reference_table(report)),
         f"Utility cost: {escaped(tables.utility_cost(report))}.",
         *(["Reasons to doubt this audit:", _listed(flags)] if flags else []),
         "## Limits of the audit",
@@ -61,6 +59,12 @@ def piped(table: Table) -> str:
 def escaped(cell: str) -> str:
     """Escape a cell so that neither HTML, Markdown nor the table's bars act in it."""
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(cell, quote=False))
+
+
+def _explained(table: Table) -> list[str]:
+    """A table under its caption, with what its note says."""
+    notes = [f"{escaped(table.note)}."] if table.note else []
+    return [f"{escaped(table.caption)}:", piped(table), *notes]
 
 
 def _listed(lines: Iterable[str]) -> str:

@@ -54,7 +54,7 @@ def not_claimed(report: Report) -> str:
     missing = [tier for tier in TIERS if tier not in report.tiers]
     untested = f" Tiers not tested here: {', '.join(missing)}." if missing else ""
     return (
-        "Only the attacks listed below were tried, on these rows, with these partners and one seed "
+        "Only the attacks listed here were tried, on these rows, with these partners and one seed "
         f"({report.seed}). That they fail does not show that every attack fails. Attackers who "
         "train (fine-tuning, a new read-out on the representation, distillation) are outside "
         f"these tiers, and the release used alone always works: that is its purpose.{untested}"
@@ -73,8 +73,8 @@ def subject(report: Report) -> str:
 
 
 def verdict(report: Report) -> list[str]:
-    """The verdict, one sentence for the release and one for each tier."""
-    return re.split(r"(?<=\.) (?=T\d )", clean(report.verdict, 2000))
+    """The verdict, sentence by sentence: first of the release, then of each tier."""
+    return re.split(r"(?<=\.) (?=[A-Z])", clean(report.verdict, 2000))
 
 
 def utility_cost(report: Report) -> str:

@@ -14,6 +14,9 @@ from trap2.reporting.plots.canvas import GOOD, GROUND, LOOKS, NAMES, SOFT, Drawi
 from trap2.reporting.words import clean, percent
 from trap2.schema import FrontierPoint, Report
 
+_MOST = 500
+"""So many mixtures are drawn for each side, evenly chosen; a page of thousands would be slow."""
+
 _STEPS = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 _SHADES = ListedColormap(colormaps["cividis"]([0.0, 0.25, 0.5, 0.75, 1.0]))
 
@@ -54,7 +57,11 @@ def coefficients(report: Report) -> Drawing | None:
     norm = BoundaryNorm(_STEPS, _SHADES.N)
     for axes, (who, tried) in zip(panels, sides.items(), strict=True):
         for counts, marker in ((False, "X"), (True, "o")):
-            chosen = [p for p in tried if (p.partners_retained >= report.partners_keep) is counts]
+            chosen = [
+                p
+                for p in _thinned(tried)
+                if (p.partners_retained >= report.partners_keep) is counts
+            ]
             places = [_coefficients(point) or (0.0, 0.0) for point in chosen]
             axes.scatter(
                 [own for own, _ in places],
@@ -84,6 +91,10 @@ def _sides(report: Report) -> dict[str, list[FrontierPoint]]:
     return {who: tried for who, tried in sides.items() if tried}
 
 
+def _thinned(tried: list[FrontierPoint]) -> list[FrontierPoint]:
+    return tried[:: -(-len(tried) // _MOST)]
+
+
 def _coefficients(point: FrontierPoint) -> tuple[float, float] | None:
     """The own coefficient and the partners' mean; None if the record does not tell them apart."""
     values = {k: float(v) for k, v in point.params.items() if isinstance(v, int | float)}
@@ -96,8 +107,8 @@ def _draw_frontier(axes: Axes, who: str, tried: list[FrontierPoint], keep: float
     """Draw one side's mixtures, their upper edge and the best that counts; return it in words."""
     look: dict[str, Any] = LOOKS[who]
     axes.scatter(
-        [_place(point) for point in tried],
-        [point.retained for point in tried],
+        [_place(point) for point in _thinned(tried)],
+        [point.retained for point in _thinned(tried)],
         s=14,
         alpha=0.35,
         lw=0,
