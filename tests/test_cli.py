@@ -20,12 +20,13 @@ import pico
 from auditing.shelf import Shelf, stock
 from trap2 import __version__
 from trap2.cli import main, parser
+from trap2.files import LEDGER, LOCK, held
 from trap2.schema import Report
 
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
-    "audit": ["audit", "--out", "--set", "--overwrite"],
+    "audit": ["audit", "--out", "--set", "--overwrite", "--ledger"],
     "list": ["what"],
     "demo": ["--out", "--overwrite", "--short"],
 }
@@ -154,7 +155,7 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     assert main(["audit", spec, "--out", str(out), *change]) == 0
     report = Report.load(out / "report.json")
     assert list(report.tiers) == ["T1", "T2"]
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [LEDGER, "report.html", "report.json"]
     assert sorted(p.name for p in out.parent.iterdir()) == ["audit"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>".upper()) or "<html" in page
@@ -163,7 +164,7 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     assert shown.endswith(f"report: {out / 'report.html'}\n")
 
 
-def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
+def test_an_audit_replaces_a_report_only_when_asked(capsys, shelf, tmp_path):
     spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
     out = tmp_path / "audit"
     out.mkdir()
@@ -171,9 +172,26 @@ def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
     assert main(["audit", spec, "--out", str(out)]) == 2
     assert "exists already; pass --overwrite or choose another" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    assert main(["audit", spec, "--out", str(out), "--overwrite"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml"]
+    ledger = tmp_path / "ledger"
+    arguments = ["audit", spec, "--out", str(out), "--overwrite", "--ledger", str(ledger)]
+    assert main(arguments) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["mine.txt", "report.html", "report.json"]
+    assert (out / "mine.txt").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml", "ledger"]
+    assert [p.name for p in ledger.iterdir()] == [LEDGER]
+
+
+def test_an_output_that_is_in_use_or_not_writable_is_refused(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora"))
+    out = tmp_path / "audit"
+    with held(out):
+        assert main(["audit", spec, "--out", str(out)]) == 2
+        assert [p.name for p in out.iterdir()] == [LOCK]
+    assert f"{out} is in use by another process" in in_one_line(capsys.readouterr().err)
+    assert main(["audit", spec, "--out", "/dev/null/audit"]) == 2
+    message = "cannot write /dev/null/audit: Not a directory; free space or choose another place"
+    assert message in in_one_line(capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.yaml"]
 
 
 def test_a_sweep_prints_a_line_for_each_scale(capsys, shelf, tmp_path):
@@ -345,7 +363,7 @@ def unblock() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
+def test_ctrl_c_during_an_audit_gives_130_and_leaves_the_ledger(shelf, tmp_path):
     many = [i / 1000 for i in range(2000)]
     path = written(tmp_path, shelf.audit("lora", coefficients=many))
     command = [sys.executable, "-m", "trap2", "audit", path, "--out", str(tmp_path / "out")]
@@ -367,4 +385,4 @@ def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
     assert err.decode().splitlines()[-1] == "trap2: interrupted; what was finished is kept"
     assert b"Traceback" not in seen + err
     assert out == b""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit.yaml"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["audit.yaml", LEDGER, "out"]

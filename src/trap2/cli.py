@@ -56,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("audit", type=Path, help="YAML file")
     audit.add_argument("--out", type=Path, required=True, help="folder for the report")
     audit.add_argument("--set", **CHANGES)
-    audit.add_argument("--overwrite", action="store_true", help="replace what is there")
+    audit.add_argument("--overwrite", action="store_true", help="replace the report that is there")
+    audit.add_argument(
+        "--ledger", type=Path, help="folder of recorded evaluations, may be shared; default OUT"
+    )
     audit.set_defaults(run=_audit)
 
     listing = commands.add_parser("list", help="list what is built in")
@@ -135,20 +138,21 @@ def _sweep(chosen: argparse.Namespace) -> None:
 
 
 def _audit(chosen: argparse.Namespace) -> None:
-    from trap2.files import new_folder, refuse_existing
+    from trap2.files import UNFINISHED, held, refuse_existing
     from trap2.recipes import AuditSpec, load
 
     spec = load(AuditSpec, chosen.audit, chosen.changes)
-    refuse_existing(chosen.out, chosen.overwrite)
-    from trap2.auditing.audit import audit
-    from trap2.progress import audit_bar
-    from trap2.reporting import html, text
+    with held(chosen.out):
+        refuse_existing(chosen.out, chosen.overwrite, besides=UNFINISHED)
+        from trap2.auditing.audit import audit
+        from trap2.auditing.ledger import Ledger
+        from trap2.progress import audit_bar
+        from trap2.reporting import html, text
 
-    with audit_bar() as progress:
-        report = audit(spec, progress)
-    with new_folder(chosen.out, chosen.overwrite) as folder:
-        report.save(folder / "report.json")
-        html.save(report, folder / "report.html")
+        with audit_bar() as progress, Ledger(chosen.ledger or chosen.out) as ledger:
+            report = audit(spec, progress, ledger)
+        html.save(report, chosen.out / "report.html")
+        report.save(chosen.out / "report.json")  # last: with it the audit is finished
     print(text.render(report))
     print(f"report: {chosen.out / 'report.html'}")
 

@@ -9,6 +9,7 @@ from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
 from trap2.auditing.checks import raised
 from trap2.auditing.evidence import gather, release_record
+from trap2.auditing.ledger import Ledger
 from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import LIMITS, retained_skill, sentence, tier_results
 from trap2.errors import UserError
@@ -30,15 +31,17 @@ from trap2.tasks.relabel import relabelled_accuracy
 Key = tuple[str, str, int]
 
 
-def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
+def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None) -> Report:
     """Audit one release.
 
     Args:
         spec: The release, its base, control and partners, and what the attacker may spend.
         progress: Told what is being done.
+        ledger: Where evaluations are recorded, and taken from if they are there: a killed audit
+            goes on, with the same record in the end but for the times.
 
     Returns:
-        The record; nothing is written.
+        The record; nothing but the ledger is written.
 
     Raises:
         UserError: An input is not acceptable.
@@ -46,7 +49,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     started = time.monotonic()
     check_plan(spec.attacker, 1 + len(spec.partners))
     progress.say("reading releases and rows")
-    arena = Arena(spec, progress)
+    arena = Arena(spec, progress, ledger)
     _check_rows(arena)
     progress.say("references and scale curves")
     references = _references(arena)
