@@ -20,6 +20,7 @@ from pydantic import (
 
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
+from trap2.schema import Thresholds
 
 
 class Settings(BaseModel):
@@ -157,6 +158,7 @@ class AuditSpec(Settings):
     control: Path | None = None
     partners: list[ReleaseSpec] = Field(min_length=1)
     attacker: AttackerSpec = AttackerSpec()
+    verdict: Thresholds = Thresholds()
     scales: list[FiniteFloat] = [
         0.0,
         0.15,

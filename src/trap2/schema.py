@@ -15,7 +15,7 @@ Accuracies, retained skill and unmergeability are fractions. Words are those of 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trap2.errors import UserError
 from trap2.files import read_json, write_json
@@ -23,6 +23,8 @@ from trap2.files import read_json, write_json
 SCHEMA_VERSION = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Interval = tuple[Fraction, Fraction]
+Word = Literal["holds", "leaks", "broken", "inconclusive", "nothing to protect"]
 Tier = Literal["T1", "T2", "T3"]
 Params = dict[str, float | int | str | bool | list[float]]
 
@@ -31,6 +33,25 @@ class Record(BaseModel):
     """Base of all records: nothing unknown, nothing changed after the fact, no NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Thresholds(Record):
+    """Where the words of a verdict begin.
+
+    A tier `holds` if its interval of U lies at `holds` or above, is `broken` if it lies under
+    `broken`, and `leaks` if it lies between; an interval across either is `inconclusive`. If merges
+    keep less than `mergeable` of the control's skill, there is nothing to protect.
+    """
+
+    holds: Fraction = 0.8
+    broken: Fraction = 0.2
+    mergeable: Fraction = 0.3
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Thresholds":
+        if self.broken > self.holds:
+            raise ValueError(f"broken={self.broken} is above holds={self.holds}; lower it")
+        return self
 
 
 class ReleaseInfo(Record):
@@ -96,6 +117,7 @@ class AttackResult(Record):
     `params` holds the coefficients the attacker chose; `admissible` says whether the partners kept
     the required share; `unconstrained_retained` is of the best mixture when partners do not matter.
     `evaluations` counts the model runs spent on it so far; runs made before are not made again.
+    `interval` and `control_interval` are the 95 % intervals of `retained` over the test rows.
     """
 
     name: str
@@ -112,6 +134,8 @@ class AttackResult(Record):
     control_admissible: bool | None = None
     relabel_rows: int = 0
     evaluations: int = 0
+    interval: Interval | None = None
+    control_interval: Interval | None = None
 
 
 class FrontierPoint(Record):
@@ -128,6 +152,7 @@ class TierResult(Record):
     """The worst case of one attacker tier, the ones before it included.
 
     `partners_ignored` is the largest share of the skill kept when partners do not matter.
+    `interval` and `control_interval` are the 95 % intervals of unmergeability over the test rows.
     """
 
     unmergeability: Fraction
@@ -136,7 +161,9 @@ class TierResult(Record):
     partners_ignored: Fraction | None = None
     by_rows: dict[str, Fraction] = {}
     control_by_rows: dict[str, Fraction] = {}
-    verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
+    verdict: Word
+    interval: Interval | None = None
+    control_interval: Interval | None = None
 
 
 class Evidence(Record):
@@ -172,12 +199,14 @@ class Report(Record):
     release: ReleaseInfo
     references: References
     utility_cost: float | None
+    utility_cost_interval: tuple[float, float] | None = None
     scale_curve: list[ScalePoint]
     control_scale_curve: list[ScalePoint]
     attacks: list[AttackResult]
     frontier: list[FrontierPoint]
     tiers: dict[Tier, TierResult]
     partners_keep: Fraction = 0.95
+    thresholds: Thresholds = Thresholds()
     evidence: Evidence = Evidence()
     verdict: str
     flags: list[Flag] = []

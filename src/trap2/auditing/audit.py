@@ -7,6 +7,7 @@ from typing import Any
 
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
+from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
 from trap2.auditing.checks import raised
 from trap2.auditing.evidence import gather, release_record
 from trap2.auditing.ledger import Ledger
@@ -27,8 +28,6 @@ from trap2.schema import (
     ScalePoint,
 )
 from trap2.tasks.relabel import relabelled_accuracy
-
-Key = tuple[str, str, int]
 
 
 def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None) -> Report:
@@ -57,20 +56,24 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
     curves = {side: _curve(arena, side) for side in arena.sides}
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
-    attacks = [_result(key, catches, references) for key in catches[RELEASE]]
-    tiers = tier_results(attacks, references)
+    bootstrap = Bootstrap(arena)
+    retained = {side: bootstrap.retained(side, found) for side, found in catches.items()}
+    attacks = [_result(key, catches, references, retained) for key in catches[RELEASE]]
+    tiers = tier_results(attacks, references, spec.verdict, spreads(retained))
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
     report = Report(
         release=_release_info(arena),
         references=references,
         utility_cost=cost,
+        utility_cost_interval=bootstrap.utility_cost(),
         scale_curve=curves[RELEASE],
         control_scale_curve=curves.get(CONTROL, []),
         attacks=attacks,
         frontier=_frontier(attackers),
         tiers=tiers,
         partners_keep=spec.attacker.partners_keep,
+        thresholds=spec.verdict,
         evidence=evidence,
         verdict=sentence(references, cost, tiers),
         limits=LIMITS,
@@ -159,7 +162,12 @@ def _attack(attacker: Attacker) -> dict[Key, Catch]:
     return found
 
 
-def _result(key: Key, catches: dict[str, dict[Key, Catch]], references: References) -> AttackResult:
+def _result(
+    key: Key,
+    catches: dict[str, dict[Key, Catch]],
+    references: References,
+    retained: dict[str, Retained],
+) -> AttackResult:
     name, tier, rows = key
     catch = catches[RELEASE][key]
     other = catches.get(CONTROL, {}).get(key)
@@ -184,6 +192,8 @@ def _result(key: Key, catches: dict[str, dict[Key, Catch]], references: Referenc
         control_admissible=other.admissible if other else None,
         relabel_rows=rows,
         evaluations=catch.evaluations,
+        interval=interval(retained[RELEASE][key]),
+        control_interval=interval(retained[CONTROL][key]) if other else None,
     )
 
 
