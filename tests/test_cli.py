@@ -26,7 +26,7 @@ from trap2.schema import Report
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
-    "audit": ["audit", "--out", "--set", "--overwrite", "--ledger"],
+    "audit": ["audit", "--out", "--set", "--overwrite", "--ledger", "--require"],
     "list": ["what"],
     "demo": ["--out", "--overwrite", "--short"],
 }
@@ -128,6 +128,13 @@ def test_losses_are_listed_with_what_they_do(capsys):
         (["audit", "a.yaml"], "the following arguments are required: --out"),
         (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
         (["list", "papers"], "invalid choice: 'papers'"),
+        *(
+            (
+                ["audit", "a.yaml", "--out", "o", "--require", wrong],
+                f"'{wrong}' names no tiers with",
+            )
+            for wrong in ("T1", "T4=0.5", "T1=1.5", "T1=0.9,,T2=0.5", "T1=-0.1", "T1=nan")
+        ),
     ],
 )
 def test_wrong_arguments_end_with_usage_and_2(capsys, arguments, message):
@@ -179,6 +186,20 @@ def test_an_audit_replaces_a_report_only_when_asked(capsys, shelf, tmp_path):
     assert (out / "mine.txt").read_text() == "kept"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml", "ledger"]
     assert [p.name for p in ledger.iterdir()] == [LEDGER]
+
+
+def test_a_requirement_that_is_not_met_ends_in_1_with_the_report(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
+    out, ledger = tmp_path / "audit", ["--ledger", str(tmp_path / "ledger")]
+    needed = ["--require", "T1=0.5,T3=0.25"]  # a pico has nothing to protect
+    assert main(["audit", spec, "--out", str(out), *ledger, *needed]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-2:] == [
+        "trap2: not met: T1 has nothing to protect, 0.5 is required",
+        "trap2: not met: T3 was not tested, 0.25 is required",
+    ]
+    assert captured.out.endswith(f"report: {out / 'report.html'}\n")
+    assert Report.load(out / "report.json").tiers["T1"].verdict == "nothing to protect"
 
 
 def test_an_output_that_is_in_use_or_not_writable_is_refused(capsys, shelf, tmp_path):

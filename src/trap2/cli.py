@@ -1,11 +1,12 @@
 """The command line: `trap2 protect | sweep | audit | list | demo`.
 
 Nothing heavy is imported before a command is known, so that help is instant. Errors of the user's
-end in one line on stderr and exit code 2; Ctrl-C ends in exit code 130.
+end in one line on stderr and exit code 2; a requirement that is not met in 1; Ctrl-C in 130.
 """
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -60,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--ledger", type=Path, help="folder of recorded evaluations, may be shared; default OUT"
     )
+    audit.add_argument(
+        "--require",
+        type=_required,
+        default={},
+        metavar="T1=0.9,T2=0.6",
+        help="exit with 1 if the interval of a tier's unmergeability begins below",
+    )
     audit.set_defaults(run=_audit)
 
     listing = commands.add_parser("list", help="list what is built in")
@@ -78,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0, 2 for an error of the user's, 130 after Ctrl-C.
+        Exit code: 0, 1 if a requirement is not met, 2 for an error of the user's, 130 after Ctrl-C.
     """
     chosen = parser().parse_args(arguments)
     # Libraries' own progress bars, hints and deprecations would drown ours.
@@ -86,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        chosen.run(chosen)
+        return int(chosen.run(chosen) or 0)
     except Trap2Error as error:
         print(f"trap2: error: {error}", file=sys.stderr)
         return 2
@@ -97,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("trap2: interrupted; what was finished is kept", file=sys.stderr)
         return 130
-    return 0
 
 
 def _numbers(text: str) -> list[float]:
@@ -106,6 +113,14 @@ def _numbers(text: str) -> list[float]:
     except ValueError as error:
         wanted = f"'{text}' is no list of numbers; write for example 0,0.5,1"
         raise argparse.ArgumentTypeError(wanted) from error
+
+
+def _required(text: str) -> dict[str, float]:
+    found = [re.fullmatch(r"(T[1-3])=(0?\.\d+|[01](?:\.0*)?)", part) for part in text.split(",")]
+    if None in found:
+        wanted = f"'{text}' names no tiers with a share each; write for example T1=0.9,T2=0.6"
+        raise argparse.ArgumentTypeError(wanted)
+    return {match[1]: float(match[2]) for match in found if match}
 
 
 def _protect(chosen: argparse.Namespace) -> None:
@@ -137,7 +152,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
     )
 
 
-def _audit(chosen: argparse.Namespace) -> None:
+def _audit(chosen: argparse.Namespace) -> int:
     from trap2.files import UNFINISHED, held, refuse_existing
     from trap2.recipes import AuditSpec, load
 
@@ -146,6 +161,7 @@ def _audit(chosen: argparse.Namespace) -> None:
         refuse_existing(chosen.out, chosen.overwrite, besides=UNFINISHED)
         from trap2.auditing.audit import audit
         from trap2.auditing.ledger import Ledger
+        from trap2.auditing.verdict import unmet
         from trap2.progress import audit_bar
         from trap2.reporting import html, text
 
@@ -155,6 +171,10 @@ def _audit(chosen: argparse.Namespace) -> None:
         report.save(chosen.out / "report.json")  # last: with it the audit is finished
     print(text.render(report))
     print(f"report: {chosen.out / 'report.html'}")
+    reasons = unmet(report, chosen.require)
+    for reason in reasons:
+        print(f"trap2: not met: {reason}", file=sys.stderr)
+    return 1 if reasons else 0
 
 
 def _list(chosen: argparse.Namespace) -> None:

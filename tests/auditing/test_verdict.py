@@ -169,6 +169,12 @@ def test_the_intervals_of_a_tier_decide_its_word_and_are_told():
     assert (tiers["T2"].interval, tiers["T2"].control_interval) == spreads["T2"]
     said = sentence(references(), 0.02, tiers)
     assert "keeps 15 % of the skill (95 % interval 5 to 25 %), of the control's 90 %" in said
+    assert said.endswith(
+        "Words are of the whole interval: holds from an unmergeability of 80 % up, "
+        "broken under 20 %, leaks between, inconclusive across."
+    )
+    other = sentence(references(), 0.02, tiers, Thresholds(holds=0.95, broken=0.5))
+    assert "unmergeability of 95 % up, broken under 50 %, leaks between" in other
 
 
 def report_of(tiers):

@@ -75,7 +75,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
         partners_keep=spec.attacker.partners_keep,
         thresholds=spec.verdict,
         evidence=evidence,
-        verdict=sentence(references, cost, tiers),
+        verdict=sentence(references, cost, tiers, spec.verdict),
         limits=LIMITS,
         settings=spec.attacker.model_dump(mode="json"),
         versions=versions(),

@@ -147,7 +147,10 @@ MEANS: dict[Tier, str] = {
 
 
 def sentence(
-    references: References, utility_cost: float | None, tiers: dict[Tier, TierResult]
+    references: References,
+    utility_cost: float | None,
+    tiers: dict[Tier, TierResult],
+    thresholds: Thresholds = STANDARD,
 ) -> str:
     """The verdict as a person would say it: first whether it works, then what a merge keeps."""
     parts = [f"As released it reaches {100 * references.standalone:.1f} %"]
@@ -170,6 +173,12 @@ def sentence(
         if free > share:
             kept += f", and {free} % if the partners do not matter"
         parts.append(f"{tier} {result.verdict}: {MEANS[tier]} {kept}")
+    if tiers:
+        parts.append(
+            "Words are of the whole interval: holds from an unmergeability of "
+            f"{100 * thresholds.holds:.0f} % up, broken under {100 * thresholds.broken:.0f} %, "
+            "leaks between, inconclusive across"
+        )
     return ". ".join(parts) + "."
 
 

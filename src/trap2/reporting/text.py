@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
 
-from trap2.schema import AttackResult, Params, PartnerScore, Report, ScalePoint, Thresholds
+from trap2.schema import AttackResult, Params, PartnerScore, Report, ScalePoint
 
 TIERS = {
     "T1": "merges with one shared coefficient, tuned on validation rows",
@@ -67,12 +67,6 @@ def percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f}%"
 
 
-def within(value: float | None, interval: tuple[float, float] | None) -> str:
-    """A fraction and its interval as `95.0% [92.1, 97.3]`."""
-    ends = "" if interval is None else " [" + ", ".join(f"{100 * e:.1f}" for e in interval) + "]"
-    return percent(value) + ends
-
-
 def points(value: float | None) -> str:
     """A difference of fractions as `0.6 points`; what was not measured as a dash."""
     return NONE if value is None else f"{round(100 * value, 1) + 0.0:.1f} points"  # never "-0.0"
@@ -126,8 +120,8 @@ def tier_table(report: Report) -> Table:
         [
             tier,
             TIERS[tier],
-            within(result.unmergeability, result.interval),
-            within(result.control_unmergeability, result.control_interval),
+            percent(result.unmergeability),
+            percent(result.control_unmergeability),
             result.verdict,
             clean(result.worst_attack),
         ]
@@ -148,8 +142,7 @@ def tier_table(report: Report) -> Table:
         tuple(headers),
         tuple(map(tuple, rows)),
         ("tier", "the attacker", "verdict", "worst attack", headers[4]),
-        "unmergeability = 1 - the largest share of the skill that any attack of the tier keeps, "
-        f"with its 95 % interval over test rows; {_words(report.thresholds)}",
+        "unmergeability = 1 - the largest share of the skill that any attack of the tier keeps",
     )
 
 
@@ -261,13 +254,13 @@ def render(report: Report, width: int = 100) -> str:
     partners = ", ".join(f"{clean(p, 24)} {percent(a)}" for p, a in refs.partners.items())
     blocks = [
         _wrapped(f"Verdict: {clean(report.verdict, 2000)}", width),
-        *([_aligned(flag_table(report), width)] if report.flags else []),
+        *([aligned(flag_table(report), width)] if report.flags else []),
         _wrapped(f"Audited: {subject(report)}", width),
-        _aligned(reference_table(report), width),
-        _wrapped(f"Utility cost: {_utility_cost(report)} (control - standalone)", width),
+        aligned(reference_table(report), width),
+        _wrapped(f"Utility cost: {points(report.utility_cost)} (control - standalone)", width),
         _wrapped(f"Partner tasks, each update alone: {partners or NONE}", width),
-        _aligned(tier_table(report), width),
-        _aligned(attack_table(report), width),
+        aligned(tier_table(report), width),
+        aligned(attack_table(report), width),
         _wrapped(f"Not claimed: {not_claimed(report)}", width),
     ]
     if report.limits:
@@ -282,27 +275,8 @@ def to_markdown(report: Report) -> str:
         [
             _piped(tier_table(report)),
             _piped(reference_table(report)),
-            f"Utility cost: {_utility_cost(report)} (control - standalone).",
+            f"Utility cost: {points(report.utility_cost)} (control - standalone).",
         ]
-    )
-
-
-def _utility_cost(report: Report) -> str:
-    if report.utility_cost_interval is None:
-        return points(report.utility_cost)
-    low, high = (points(end).removesuffix(" points") for end in report.utility_cost_interval)
-    return f"{points(report.utility_cost)} [{low}, {high}]"
-
-
-def _words(thresholds: Thresholds) -> str:
-    """What the words of the verdict mean in this audit."""
-    holds, broken, mergeable = (
-        percent(share) for share in (thresholds.holds, thresholds.broken, thresholds.mergeable)
-    )
-    return (
-        f"holds: all of it from {holds} up, broken: all of it under {broken}, leaks: between, "
-        "inconclusive: across one of these, nothing to protect: no skill, or merges keep under "
-        f"{mergeable} of the control's"
     )
 
 
@@ -341,7 +315,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> str:
     return textwrap.fill(text, width, subsequent_indent=indent)
 
 
-def _aligned(table: Table, width: int) -> str:
+def aligned(table: Table, width: int) -> str:
     """Lay a table out in columns; cells wrap inside theirs, the widest columns give way first."""
     columns = list(zip(table.headers, *table.rows, strict=True))
     sizes = [max([*map(len, header.split()), *map(len, cells)]) for header, *cells in columns]
