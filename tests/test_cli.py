@@ -27,6 +27,7 @@ SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
     "audit": ["audit", "--out", "--set", "--overwrite", "--ledger", "--require"],
+    "combine": ["reports", "--out", "--overwrite"],
     "list": ["what"],
     "demo": ["--out", "--overwrite", "--short"],
 }

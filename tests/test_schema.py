@@ -15,7 +15,8 @@ FIELDS = {
     "Report": "schema_version release references utility_cost utility_cost_interval scale_curve "
     "control_scale_curve attacks frontier tiers partners_keep thresholds evidence verdict flags "
     "limits settings versions machine seed digests rows created seconds",
-    "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
+    "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band "
+    "recipe",
     "References": "base standalone control control_base chance relabelled partners "
     "partners_base partners_chance",
     "Evidence": "grids control_differs surrogates batch_norm_layers reload_gap",
@@ -30,6 +31,10 @@ FIELDS = {
     "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
     "control_by_rows verdict interval control_interval",
     "Thresholds": "holds broken mergeable",
+    "OverSeeds": "mean deviation interval values",
+    "CombinedTier": "unmergeability control_unmergeability verdict verdicts",
+    "Combined": "schema_version release seeds base standalone control utility_cost tiers "
+    "thresholds flags settings rows digests",
 }
 """Names on disk of schema version 1: one that goes or changes makes a new version."""
 

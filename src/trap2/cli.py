@@ -1,4 +1,4 @@
-"""The command line: `trap2 protect | sweep | audit | list | demo`.
+"""The command line: `trap2 protect | sweep | audit | combine | list | demo`.
 
 Nothing heavy is imported before a command is known, so that help is instant. Errors of the user's
 end in one line on stderr and exit code 2; a requirement that is not met in 1; Ctrl-C in 130.
@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     )
     audit.set_defaults(run=_audit)
 
+    _add_combine(commands.add_parser("combine", help="one record of audits under different seeds"))
+
     listing = commands.add_parser("list", help="list what is built in")
     listing.add_argument("what", choices=["attacks", "losses"], help="which of them")
     listing.set_defaults(run=_list)
@@ -80,6 +82,15 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--short", action="store_true", help="few steps and rows: it runs")
     demo.set_defaults(run=_demo)
     return top
+
+
+def _add_combine(combine: argparse.ArgumentParser) -> None:
+    combine.add_argument(
+        "reports", type=Path, nargs="+", metavar="reports", help="report.json files, one a seed"
+    )
+    combine.add_argument("--out", type=Path, required=True, help="folder for combined.json")
+    combine.add_argument("--overwrite", action="store_true", help="replace what is there")
+    combine.set_defaults(run=_combine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,6 +186,21 @@ def _audit(chosen: argparse.Namespace) -> int:
     for reason in reasons:
         print(f"trap2: not met: {reason}", file=sys.stderr)
     return 1 if reasons else 0
+
+
+def _combine(chosen: argparse.Namespace) -> None:
+    from trap2.files import new_folder, refuse_existing
+    from trap2.schema import Report
+
+    refuse_existing(chosen.out, chosen.overwrite)
+    from trap2.auditing.combine import combine
+    from trap2.reporting import combined as page
+
+    combined = combine([(str(path), Report.load(path)) for path in chosen.reports])
+    with new_folder(chosen.out, chosen.overwrite) as folder:
+        combined.save(folder / "combined.json")
+    print(page.render(combined))
+    print(f"record: {chosen.out / 'combined.json'}")
 
 
 def _list(chosen: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ class Thresholds(Record):
 
 
 class ReleaseInfo(Record):
-    """What was audited."""
+    """What was audited; `recipe` is how its `trap2.json` says it was trained, by dotted key."""
 
     name: str
     kind: Literal["lora", "full"]
@@ -66,6 +66,7 @@ class ReleaseInfo(Record):
     has_control: bool
     trained_range: tuple[float, float] | None = None
     trained_band: float | None = None
+    recipe: dict[str, str] = {}
 
 
 class RelabelledReferences(Record):
@@ -246,3 +247,49 @@ class Report(Record):
             raise UserError(
                 f"{path} is not a whole report: {place}: {first['msg']}; run the audit again"
             ) from error
+
+
+class OverSeeds(Record):
+    """One number of several audits, which differ in the training seed alone.
+
+    `deviation` is the sample deviation over seeds; `interval` is that of the mean, at 95 %.
+    """
+
+    mean: float
+    deviation: float
+    interval: tuple[float, float]
+    values: list[float]
+
+
+class CombinedTier(Record):
+    """One attacker tier over several seeds; `verdicts` are those of the single audits."""
+
+    unmergeability: OverSeeds
+    control_unmergeability: OverSeeds | None
+    verdict: Word
+    verdicts: list[Word]
+
+
+class Combined(Record):
+    """Several audits of one recipe under different seeds, in the order they were given.
+
+    `release` is that of the first, without its seed; `seeds` and `digests` are those of all.
+    """
+
+    schema_version: Literal[1] = 1
+    release: ReleaseInfo
+    seeds: list[str]
+    base: OverSeeds
+    standalone: OverSeeds
+    control: OverSeeds | None
+    utility_cost: OverSeeds | None
+    tiers: dict[Tier, CombinedTier]
+    thresholds: Thresholds
+    flags: list[Flag]
+    settings: dict[str, Any]
+    rows: dict[str, int]
+    digests: list[dict[str, str]]
+
+    def save(self, path: Path) -> None:
+        """Write the record so that it is whole or absent."""
+        write_json(path, self.model_dump(mode="json"))

@@ -32,6 +32,8 @@ def test_the_record_says_what_was_audited(reports, shelf, kind):
     law = json.loads((shelf.release(kind, "release") / "trap2.json").read_text())["trap2"]
     assert info.trained_range == (law["low"], law["high"])
     assert info.trained_band == law["band"]
+    assert (info.recipe["seed"], info.recipe["training.steps"]) == ("0", "20")
+    assert info.recipe["task.classes"] == '["low", "middle", "high"]'
     assert report.seed == 3
     assert report.schema_version == 1
     assert report.rows["validation"] == report.rows["test"] == 24

@@ -9,7 +9,7 @@ from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
 from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
 from trap2.auditing.checks import raised
-from trap2.auditing.evidence import gather, release_record
+from trap2.auditing.evidence import gather, recipe_of, release_record
 from trap2.auditing.ledger import Ledger
 from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import LIMITS, retained_skill, sentence, tier_results
@@ -232,7 +232,8 @@ def _frontier(attackers: dict[str, Attacker]) -> list[FrontierPoint]:
 
 def _release_info(arena: Arena) -> ReleaseInfo:
     release, spec = arena.members[RELEASE], arena.spec
-    trap: dict[str, Any] = release_record(spec.release.path).get("trap2", {})
+    record = release_record(spec.release.path)
+    trap: dict[str, Any] = record.get("trap2", {})
     known = "low" in trap and "high" in trap
     return ReleaseInfo(
         name=spec.release.path.name,
@@ -244,4 +245,5 @@ def _release_info(arena: Arena) -> ReleaseInfo:
         has_control=CONTROL in arena.sides,
         trained_range=(trap["low"], trap["high"]) if known else None,
         trained_band=trap.get("band"),
+        recipe=recipe_of(record),
     )
