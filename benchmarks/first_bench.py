@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from trap2.auditing.audit import audit
+from trap2.auditing.ledger import Ledger
 from trap2.demo.run import encoder_folder
 from trap2.errors import UserError
 from trap2.files import read_json, write_json, write_text
@@ -186,8 +187,9 @@ def _run(work: Path, data: Path, method: str, setting: str, task: str, seed: int
     path = work / "audits" / f"{release.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(content, sort_keys=False))
-    with audit_bar() as progress:
-        report = audit(load(AuditSpec, path), progress)
+    # One ledger for all: controls and partners come back in other audits, a killed one goes on.
+    with audit_bar() as progress, Ledger(work / "ledger") as ledger:
+        report = audit(load(AuditSpec, path), progress, ledger)
     report.save(path.with_suffix(".json"))
     return report
 

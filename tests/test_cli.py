@@ -21,7 +21,7 @@ from auditing.shelf import Shelf, stock
 from reporting.samples import build_report
 from trap2 import __version__
 from trap2.cli import main, parser
-from trap2.files import weights_digest
+from trap2.files import LEDGER, LOCK, held, weights_digest
 from trap2.schema import Report
 
 SURFACE = {
@@ -31,7 +31,8 @@ SURFACE = {
         *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
         *("--param", "--out", "--as", "--overwrite"),
     ],
-    "audit": ["audit", "--out", "--suite", "--set", "--overwrite"],
+    "audit": [*("audit", "--out", "--suite", "--set", "--overwrite", "--ledger", "--require")],
+    "combine": ["reports", "--out", "--overwrite"],
     "report": ["report", "--out", "--figure"],
     "compare": ["reports", "--out"],
     "card": ["release", "report"],
@@ -173,6 +174,13 @@ def test_losses_are_listed_with_what_they_do(capsys):
         (["audit", "a.yaml"], "the following arguments are required: --out"),
         (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
         (["list", "papers"], "invalid choice: 'papers'"),
+        *(
+            (
+                ["audit", "a.yaml", "--out", "o", "--require", wrong],
+                f"'{wrong}' names no tiers with",
+            )
+            for wrong in ("T1", "T4=0.5", "T1=1.5", "T1=0.9,,T2=0.5", "T1=-0.1", "T1=nan")
+        ),
     ],
 )
 def test_wrong_arguments_end_with_usage_and_2(capsys, arguments, message):
@@ -200,7 +208,7 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     assert main(["audit", spec, "--out", str(out), *change]) == 0
     report = Report.load(out / "report.json")
     assert list(report.tiers) == ["T1", "T2"]
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [LEDGER, "report.html", "report.json"]
     assert sorted(p.name for p in out.parent.iterdir()) == ["audit"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>".upper()) or "<html" in page
@@ -236,7 +244,7 @@ def test_a_merge_as_an_adapter_of_releases_without_a_head(capsys, shelf, tmp_pat
     ]
 
 
-def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
+def test_an_audit_replaces_a_report_only_when_asked(capsys, shelf, tmp_path):
     spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
     out = tmp_path / "audit"
     out.mkdir()
@@ -244,9 +252,40 @@ def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
     assert main(["audit", spec, "--out", str(out)]) == 2
     assert "exists already; pass --overwrite or choose another" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    assert main(["audit", spec, "--out", str(out), "--overwrite"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml"]
+    ledger = tmp_path / "ledger"
+    arguments = ["audit", spec, "--out", str(out), "--overwrite", "--ledger", str(ledger)]
+    assert main(arguments) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["mine.txt", "report.html", "report.json"]
+    assert (out / "mine.txt").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml", "ledger"]
+    assert [p.name for p in ledger.iterdir()] == [LEDGER]
+
+
+def test_a_requirement_that_is_not_met_ends_in_1_with_the_report(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
+    out, ledger = tmp_path / "audit", ["--ledger", str(tmp_path / "ledger")]
+    needed = ["--require", "T1=0.5,T3=0.25"]  # a pico has nothing to protect
+    assert main(["audit", spec, "--out", str(out), *ledger, *needed]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-2:] == [
+        "trap2: not met: T1 has nothing to protect, 0.5 is required",
+        "trap2: not met: T3 was not tested, 0.25 is required",
+    ]
+    assert captured.out.endswith(f"report: {out / 'report.html'}\n")
+    assert Report.load(out / "report.json").tiers["T1"].verdict == "nothing to protect"
+
+
+def test_an_output_that_is_in_use_or_not_writable_is_refused(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora"))
+    out = tmp_path / "audit"
+    with held(out):
+        assert main(["audit", spec, "--out", str(out)]) == 2
+        assert [p.name for p in out.iterdir()] == [LOCK]
+    assert f"{out} is in use by another process" in in_one_line(capsys.readouterr().err)
+    assert main(["audit", spec, "--out", "/dev/null/audit"]) == 2
+    message = "cannot write /dev/null/audit: Not a directory; free space or choose another place"
+    assert message in in_one_line(capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.yaml"]
 
 
 def test_a_sweep_prints_a_line_for_each_scale(capsys, shelf, tmp_path):
@@ -505,7 +544,7 @@ def unblock() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
+def test_ctrl_c_during_an_audit_gives_130_and_leaves_the_ledger(shelf, tmp_path):
     many = [i / 1000 for i in range(2000)]
     path = written(tmp_path, shelf.audit("lora", coefficients=many))
     command = [sys.executable, "-m", "trap2", "audit", path, "--out", str(tmp_path / "out")]
@@ -527,4 +566,4 @@ def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
     assert err.decode().splitlines()[-1] == "trap2: interrupted; what was finished is kept"
     assert b"Traceback" not in seen + err
     assert out == b""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit.yaml"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["audit.yaml", LEDGER, "out"]

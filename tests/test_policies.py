@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("trap2.reporting.plots",),
     "jinja2": ("trap2.reporting.html",),
     "sklearn": ("trap2.tasks.relabel",),
-    "scipy": ("trap2.tasks.relabel",),
+    "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine"),
     "model_signing": ("trap2.signing",),
     "mergekit": (),
     "trl": (),
@@ -54,7 +54,13 @@ HOMES: dict[str, tuple[str, ...]] = {
 """The only modules or packages that import a library."""
 
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
-MAY_PRINT = ("trap2.cli", "trap2.demo.run")
+MAY_PRINT = (
+    "trap2.cli.making",
+    "trap2.cli.judging",
+    "trap2.cli.publishing",
+    "trap2.cli",
+    "trap2.demo.run",
+)
 PUBLIC = ["Protector", "Trap2Config", "Update", "attack", "audit", "protect_trainer"]
 
 

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
+from trap2.schema import Thresholds
 from trap2.suites import QUICK, suite
 
 
@@ -180,7 +188,22 @@ class AuditSpec(Settings):
     control: Path | None = None
     partners: list[ReleaseSpec] = Field(min_length=1)
     attacker: AttackerSpec = AttackerSpec()
-    scales: list[float] = [0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.3, 1.5, 1.8]
+    verdict: Thresholds = Thresholds()
+    scales: list[FiniteFloat] = [
+        0.0,
+        0.15,
+        0.3,
+        0.5,
+        0.7,
+        0.85,
+        0.95,
+        1.0,
+        1.05,
+        1.15,
+        1.3,
+        1.5,
+        1.8,
+    ]
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

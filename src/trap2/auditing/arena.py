@@ -6,15 +6,19 @@ released head, as its users would.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from trap2.attacks.attack import merge
 from trap2.attacks.live import LiveModel
 from trap2.attacks.vectors import TaskVector
+from trap2.auditing.contents import Contents
+from trap2.auditing.ledger import Ledger
+from trap2.auditing.mixture import Mixture as Mixture
+from trap2.auditing.mixture import Split as Split
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
@@ -33,24 +37,7 @@ TAKEN = ("base", RELEASE, CONTROL)
 HELD_PARAMETERS = 250_000_000
 """Updates up to this size (1 GB in float32) are kept in memory; larger ones are read each time."""
 
-Split = Literal["validation", "test"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """One merge: who takes part, at which coefficients, by which attack."""
-
-    attack: str
-    members: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    params: tuple[tuple[str, float], ...] = ()
-
-    def coefficient_of(self, member: str) -> float:
-        """The coefficient of one member, 0 if it takes no part."""
-        if member not in self.members:
-            return 0.0
-        return self.coefficients[self.members.index(member)]
 
 
 class Member:
@@ -60,6 +47,7 @@ class Member:
         task: Its task.
         update: What it changes.
         vector: The same, as the attacks take it.
+        rows: Its task's rows of each split.
         evaluators: Its task's rows in front of the encoder under its own head.
     """
 
@@ -79,23 +67,28 @@ class Member:
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
         load_head(model, self.update.head, path)
+        self.rows = {
+            split: load_rows(task, split, seed).first(count) for split, count in rows.items()
+        }
         self.evaluators = {
-            split: Evaluator(model, inputs, load_rows(task, split, seed).first(count))
-            for split, count in rows.items()
+            split: Evaluator(model, inputs, found) for split, found in self.rows.items()
         }
 
 
 class Arena:
     """The base, the two sides and the partners of one audit.
 
-    Evaluations are remembered: the same mixture on the same rows is never run twice.
+    Evaluations are remembered: the same mixture on the same rows is never run twice. With a ledger
+    not even in another run; what is found there counts as an evaluation like any other.
 
     Raises:
         UserError: Any input of the audit is not acceptable.
     """
 
-    def __init__(self, spec: AuditSpec, progress: Progress = SILENT) -> None:
-        self.spec, self.progress = spec, progress
+    def __init__(
+        self, spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None
+    ) -> None:
+        self.spec, self.progress, self.ledger = spec, progress, ledger
         self.partners = tuple(partner.task.name for partner in spec.partners)
         for name in self.partners:
             if name in TAKEN:
@@ -124,13 +117,16 @@ class Arena:
         self.evaluations = 0
         self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}
         self._memory: dict[tuple[object, ...], object] = {}
+        if ledger is not None:
+            attacks = ("task_arithmetic", *spec.attacker.attacks, *spec.attacker.t3_attacks)
+            for change in ledger.outdated(self._contents.places(attacks)):
+                progress.note(change)
 
     def evaluate(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
         """Evaluate a member's task, with its own head, on the merged encoder."""
         key = (mixture, member, split)
         if key not in self._known:
-            with self._merged(mixture):
-                self._known[key] = self.members[member].evaluators[split]()
+            self._known[key] = self._evaluated(mixture, member, split)
             self.evaluations += 1
             self.progress.tick()
         return self._known[key]
@@ -148,6 +144,29 @@ class Arena:
     def alone(self, member: str, s: float = 1.0) -> Mixture:
         """A member by itself at scale s; s = 0 is the base."""
         return Mixture("task_arithmetic", (member,), (s,))
+
+    def _evaluated(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
+        """What the ledger holds, or else what the model says now, which the ledger then holds."""
+        evaluator = self.members[member].evaluators[split]
+        if self.ledger is None:
+            return self._run(mixture, evaluator)
+        content = self._contents.of(mixture, member, split)
+        logits = self.ledger.get(content, len(evaluator.labels))
+        if logits is None:
+            logits = self._run(mixture, evaluator).logits
+            self.ledger.put(content, logits)
+        return Evaluation(logits, evaluator.labels)
+
+    def _run(self, mixture: Mixture, evaluator: Evaluator) -> Evaluation:
+        with self._merged(mixture):
+            return evaluator()
+
+    @cached_property
+    def _contents(self) -> Contents:
+        contents = Contents(self.base.folder, self.base.digest)
+        for name, member in self.members.items():
+            contents.add(name, member.update, member.task, member.rows)
+        return contents
 
     @contextmanager
     def _merged(self, mixture: Mixture) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from trap2.auditing.audit import audit
+from trap2.auditing.ledger import Ledger
 from trap2.demo.docstrings import TASKS, DemoTask, Sizes, write_tasks
 from trap2.errors import UserError
 from trap2.files import read_json, write_json, write_text
@@ -170,8 +171,8 @@ def _audit(out: Path, tasks: dict[str, DemoTask], short: bool) -> Report:
         "seed": SEED,
     }
     write_text(out / "audit.yaml", yaml.safe_dump(spec, sort_keys=False))
-    with audit_bar() as progress:
-        report = audit(load(AuditSpec, out / "audit.yaml"), progress)
+    with audit_bar() as progress, Ledger(out) as ledger:
+        report = audit(load(AuditSpec, out / "audit.yaml"), progress, ledger)
     report.save(out / "report.json")
     html.save(report, out / "report.html")
     plots.save(plots.summary(report), out / "report.png")

@@ -1,0 +1,194 @@
+"""What an evaluation depends on, by content: the key under which a ledger keeps its logits.
+
+Names of members and tasks are no part of it: the control of one audit may be a partner in another.
+Two evaluations with the same key have the same logits, on one machine to the bit.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trap2.attacks.attack import load_attacks
+from trap2.auditing.mixture import Mixture, Split
+from trap2.errors import UserError
+from trap2.files import file_digest
+from trap2.recipes import TaskSpec
+from trap2.tasks.data import Rows
+from trap2.update import Update
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""Another version of these may compute other bits."""
+
+COMPUTES = ("trap2.attacks.live", "trap2.tasks.evaluate")
+"""Our modules that every evaluation runs through; they and what they import is its code."""
+
+FOLLOWED = (
+    *("trap2.attacks.", "trap2.tasks.evaluate", "trap2.tasks.model"),
+    *("trap2.update", "trap2.checkpoint", "trap2.naming"),
+)
+REGISTRATION = "trap2.attacks.attack"
+"""Our modules whose source is code that computes; registering, reading and checking computes
+nothing, so that a new attack leaves the others' evaluations valid."""
+
+CONFIGS = ("*.json", "*.txt", "*.model")
+"""Files of a base beside its weights that decide what it computes: configuration, tokenizer."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """One evaluation by content.
+
+    Attributes:
+        text: Everything it depends on, as JSON in a fixed form.
+        places: The digests of its inputs, by the place each was read from.
+    """
+
+    text: str
+    places: dict[str, str]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass
+class Contents:
+    """Digests of everything that the evaluations of one arena depend on.
+
+    Attributes:
+        base: Folder of the base.
+        base_digest: Digest of its weights.
+    """
+
+    base: Path
+    base_digest: str
+    _updates: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _heads: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _rows: dict[tuple[str, Split], tuple[str, str]] = field(default_factory=dict)
+
+    def add(self, name: str, update: Update, task: TaskSpec, rows: Mapping[Split, Rows]) -> None:
+        """Take in one member with its task and the rows of each split."""
+        folder = update.folder
+        self._updates[name] = str(folder), _digest([update.digest, _config(folder, "adapter_*")])
+        self._heads[name] = f"the head of {folder} for task '{task.name}'", _head(update, task)
+        for split, found in rows.items():
+            place = f"the {split} rows of task '{task.name}'"
+            self._rows[name, split] = place, _row_digest(found, task)
+
+    def of(self, mixture: Mixture, read: str, split: Split) -> Content:
+        """What one evaluation depends on.
+
+        Args:
+            mixture: The merge.
+            read: The member whose head and rows are used.
+            split: Which of its rows.
+
+        Raises:
+            UserError: The attack's source cannot be read.
+        """
+        inputs = {
+            "base": self._base,
+            "code": (f"the code of attack '{mixture.attack}'", _code(mixture.attack)),
+            "libraries": ("libraries", _libraries()),
+            "head": self._heads[read],
+            "rows": self._rows[read, split],
+        }
+        updates = [self._updates[name] for name in mixture.members]
+        content = {
+            "attack": mixture.attack,
+            "params": mixture.params,
+            "coefficients": mixture.coefficients,
+            "updates": [digest for _, digest in updates],
+            **{name: digest for name, (_, digest) in inputs.items()},
+        }
+        return Content(json.dumps(content, sort_keys=True), dict([*inputs.values(), *updates]))
+
+    def places(self, attacks: Iterable[str]) -> dict[str, str]:
+        """The digest of every input of an audit with these attacks, by place."""
+        return dict(
+            [
+                self._base,
+                ("libraries", _libraries()),
+                *((f"the code of attack '{name}'", _code(name)) for name in attacks),
+                *self._updates.values(),
+                *self._heads.values(),
+                *self._rows.values(),
+            ]
+        )
+
+    @cached_property
+    def _base(self) -> tuple[str, str]:
+        return str(self.base), _digest(
+            [self.base_digest, *(_config(self.base, p) for p in CONFIGS)]
+        )
+
+
+def _digest(parts: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _config(folder: Path, pattern: str) -> dict[str, str]:
+    """Digests of a folder's small files by name; how a release was made is said, not computed."""
+    found = sorted(p for p in folder.glob(pattern) if p.suffix != ".safetensors" and p.is_file())
+    return {path.name: file_digest(path) for path in found if path.name != "trap2.json"}
+
+
+def _head(update: Update, task: TaskSpec) -> str:
+    """Digest of a head: sentences and temperature if it is made of those, else its tensors."""
+    if task.descriptions is not None:
+        return _digest([task.descriptions, task.temperature])
+    tensors = ((name, update.head[name]) for name in sorted(update.head))
+    return _digest([[name, _tensor(value)] for name, value in tensors])
+
+
+def _tensor(value: Tensor) -> list[Any]:
+    plain = value.detach().float().contiguous().numpy()
+    return [list(value.shape), hashlib.sha256(plain.tobytes()).hexdigest()]
+
+
+def _row_digest(rows: Rows, task: TaskSpec) -> str:
+    """Digest of rows in their order, as texts or pixels, with the settings they are read by."""
+    inputs = [value if isinstance(value, str) else _pixels(value) for value in rows.inputs]
+    return _digest([task.kind, task.max_length, len(task.classes), inputs, rows.labels])
+
+
+def _pixels(image: Any) -> list[Any]:
+    return [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+
+
+@cache
+def _libraries() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+
+
+@cache
+def _code(attack: str) -> str:
+    """Digest of the source of an attack's module, and of all of ours that it computes with."""
+    waiting = [load_attacks().get(attack).function.__module__, *COMPUTES]
+    sources: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        if name in sources:
+            continue
+        try:
+            sources[name] = inspect.getsource(sys.modules[name])
+        except (OSError, TypeError) as error:
+            raise UserError(
+                f"attack '{attack}' was defined where its source cannot be read, so its "
+                "evaluations cannot be recorded; define it in a file, or audit without a ledger"
+            ) from error
+        imports = (n for n in ast.walk(ast.parse(sources[name])) if isinstance(n, ast.ImportFrom))
+        modules = (node.module or "" for node in imports)
+        waiting += [m for m in modules if m.startswith(FOLLOWED) and m != REGISTRATION]
+    return _digest(sources)
