@@ -69,6 +69,7 @@ TASKS: dict[str, dict[str, str]] = {
 PAPER = asdict(Trap2Config.preset("paper"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
+    "all-rows": {"fraction": 1.0, "memory": 0},
     "paper": {key: value for key, value in PAPER.items() if key != "scale_seed"},
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
     "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},
@@ -89,6 +90,7 @@ ATTACKER: dict[str, Any] = {
     },
     "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
     "refine": 0,  # as it was when the results were made
+    "refine": 0,  # the first audits had none
     "validation_rows": 300,
     "test_rows": 500,
 }
