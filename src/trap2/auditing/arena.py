@@ -85,6 +85,8 @@ class Arena:
         UserError: Any input of the audit is not acceptable.
     """
 
+    ledger: Ledger | None = None
+
     def __init__(
         self, spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None
     ) -> None:
@@ -170,6 +172,7 @@ class Arena:
 
     @contextmanager
     def _merged(self, mixture: Mixture) -> Iterator[None]:
+        # Whatever a merge is given here must be in its `Content`, or the ledger mixes things up.
         vectors: Sequence[TaskVector] = [self.members[name].vector for name in mixture.members]
         deltas: Iterator[tuple[str, Tensor]] = merge(
             mixture.attack,

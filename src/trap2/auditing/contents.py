@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -42,6 +42,10 @@ nothing, so that a new attack leaves the others' evaluations valid."""
 
 CONFIGS = ("*.json", "*.txt", "*.model")
 """Files of a base beside its weights that decide what it computes: configuration, tokenizer."""
+
+
+Input: TypeAlias = tuple[str, str]
+"""The place something is read from, and its digest."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,18 @@ class Contents:
 
     base: Path
     base_digest: str
-    _updates: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _heads: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _rows: dict[tuple[str, Split], tuple[str, str]] = field(default_factory=dict)
+    _inputs: dict[tuple[str, ...], Input] = field(default_factory=dict)
 
     def add(self, name: str, update: Update, task: TaskSpec, rows: Mapping[Split, Rows]) -> None:
         """Take in one member with its task and the rows of each split."""
         folder = update.folder
-        self._updates[name] = str(folder), _digest([update.digest, _config(folder, "adapter_*")])
-        self._heads[name] = f"the head of {folder} for task '{task.name}'", _head(update, task)
+        digest = _digest([update.digest, _config(folder, "adapter_*")])
+        self._inputs["update", name] = str(folder), digest
+        place = f"the head of {folder} for task '{task.name}'"
+        self._inputs["head", name] = place, _head(update, task)
         for split, found in rows.items():
             place = f"the {split} rows of task '{task.name}'"
-            self._rows[name, split] = place, _row_digest(found, task)
+            self._inputs["rows", name, split] = place, _row_digest(found, task)
 
     def of(self, mixture: Mixture, read: str, split: Split) -> Content:
         """What one evaluation depends on.
@@ -99,12 +103,12 @@ class Contents:
         """
         inputs = {
             "base": self._base,
-            "code": (f"the code of attack '{mixture.attack}'", _code(mixture.attack)),
-            "libraries": ("libraries", _libraries()),
-            "head": self._heads[read],
-            "rows": self._rows[read, split],
+            "code": _code(mixture.attack),
+            "libraries": _libraries(),
+            "head": self._inputs["head", read],
+            "rows": self._inputs["rows", read, split],
         }
-        updates = [self._updates[name] for name in mixture.members]
+        updates = [self._inputs["update", name] for name in mixture.members]
         content = {
             "attack": mixture.attack,
             "params": mixture.params,
@@ -116,22 +120,12 @@ class Contents:
 
     def places(self, attacks: Iterable[str]) -> dict[str, str]:
         """The digest of every input of an audit with these attacks, by place."""
-        return dict(
-            [
-                self._base,
-                ("libraries", _libraries()),
-                *((f"the code of attack '{name}'", _code(name)) for name in attacks),
-                *self._updates.values(),
-                *self._heads.values(),
-                *self._rows.values(),
-            ]
-        )
+        return dict([self._base, _libraries(), *map(_code, attacks), *self._inputs.values()])
 
     @cached_property
-    def _base(self) -> tuple[str, str]:
-        return str(self.base), _digest(
-            [self.base_digest, *(_config(self.base, p) for p in CONFIGS)]
-        )
+    def _base(self) -> Input:
+        configs = [_config(self.base, pattern) for pattern in CONFIGS]
+        return str(self.base), _digest([self.base_digest, *configs])
 
 
 def _digest(parts: Any) -> str:
@@ -168,12 +162,12 @@ def _pixels(image: Any) -> list[Any]:
 
 
 @cache
-def _libraries() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+def _libraries() -> Input:
+    return "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 @cache
-def _code(attack: str) -> str:
+def _code(attack: str) -> Input:
     """Digest of the source of an attack's module, and of all of ours that it computes with."""
     waiting = [load_attacks().get(attack).function.__module__, *COMPUTES]
     sources: dict[str, str] = {}
@@ -191,4 +185,4 @@ def _code(attack: str) -> str:
         imports = (n for n in ast.walk(ast.parse(sources[name])) if isinstance(n, ast.ImportFrom))
         modules = (node.module or "" for node in imports)
         waiting += [m for m in modules if m.startswith(FOLLOWED) and m != REGISTRATION]
-    return _digest(sources)
+    return f"the code of attack '{attack}'", _digest(sources)
