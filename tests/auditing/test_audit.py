@@ -130,8 +130,7 @@ def test_every_number_lies_in_its_interval(reports, kind):
 @KINDS
 def test_the_flags_follow_from_the_record(reports, kind):
     report = reports[kind]
-    assert report.flags == raised(report)
-    assert {flag.code for flag in report.flags} >= {"T001"}  # twenty steps teach a pico nothing
+    assert report.flags == raised(report) != []  # twenty steps and 24 rows carry no claim
 
 
 @KINDS
