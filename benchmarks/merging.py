@@ -13,7 +13,7 @@ Writes `results/merging.json`. Sizes are arguments; nothing is downloaded.
 
 import argparse
 import json
-import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,7 +29,7 @@ import torch
 
 from trap2.attacks.attack import merge
 from trap2.attacks.vectors import TaskVector
-from trap2.files import write_json
+from trap2.files import read_json, write_json
 from trap2.provenance import machine, now, versions
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -44,25 +44,32 @@ def main() -> None:
         _worker(*chosen.worker)
         return
     torch.manual_seed(0)
-    record: dict[str, Any] = {
-        "command": "python benchmarks/merging.py " + " ".join(sys.argv[1:]),
-        "coefficient_search": {
-            name: coefficient_search(name, params, chosen) for name, params in SPECTRAL.items()
+    out = RESULTS / "merging.json"
+    record: dict[str, Any] = read_json(out) if out.is_file() else {}
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "coefficient_search": lambda given: {
+            name: coefficient_search(name, params, given) for name, params in SPECTRAL.items()
         },
-        "beside_mergekit": beside_mergekit(chosen),
-        "settings": {key: v for key, v in vars(chosen).items() if key not in ("worker", "note")},
-        "notes": chosen.note,
-        "threads": torch.get_num_threads(),
-        "machine": machine(),
-        "versions": versions() | {"mergekit": version("mergekit")},
-        "created": now(),
+        "beside_mergekit": beside_mergekit,
     }
-    write_json(RESULTS / "merging.json", record)
+    for part in chosen.parts:
+        record[part] = {
+            "figures": parts[part](chosen),
+            "command": " ".join(["python benchmarks/merging.py", *map(shlex.quote, sys.argv[1:])]),
+            "notes": chosen.note,
+            "threads": torch.get_num_threads(),
+            "machine": machine(),
+            "versions": versions() | {"mergekit": version("mergekit")},
+            "created": now(),
+        }
+        write_json(out, record)
     print(json.dumps(record, indent=2))
 
 
 def _arguments() -> argparse.Namespace:
     top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = ["coefficient_search", "beside_mergekit"]
+    top.add_argument("--parts", nargs="+", choices=names, default=names, help="the rest is kept")
     top.add_argument("--models", type=int, default=8, help="LoRA updates merged")
     top.add_argument("--rank", type=int, default=16)
     top.add_argument("--layers", type=int, default=6, help="of MiniLM's shape")
@@ -212,7 +219,9 @@ def _mergekits(name: str, folder: Path) -> Callable[[], object]:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak of this process alone; `getrusage` would start from that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ STANDARD_V1 = Suite(
         Trial("karcher", MEAN, per_model=True),
         Trial("model_stock", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)),
         Trial("tsv", SUM, per_model=True),
-        Trial("wudi", SUM[::2]),
+        Trial("wudi", SUM[::2], (("pull", (0.003, 0.03, 0.3)),)),
         Trial("iso_c", MEAN),
         Trial("iso_cts", MEAN, (("common", (0.5, 0.8)),)),
         Trial("cart", MEAN, (("rank_share", (0.08, 0.32)), ("weight", (1.0,)))),

@@ -17,7 +17,7 @@ QUICK = settings(deadline=None, max_examples=30)
 
 NEUTRAL = {"density": 1.0, "drop": 0.0, "seed": 0, "epsilon": 0.0, "gamma": 0.0}
 NEUTRAL |= {"rank_share": 0.1, "weight": 1.0, "scale": 1.0, "first": 1.0, "early": 1.0, "late": 1.0}
-NEUTRAL |= {"strictness": 0.5, "votes": 2}
+NEUTRAL |= {"strictness": 0.5, "votes": 2, "pull": 0.03}
 """Hyper-parameters at which an attack leaves a single model alone."""
 
 CHANGES_ONE = ("iso_c", "iso_cts", "pcb")
