@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from trap2.auditing.audit import audit
+from trap2.auditing.ledger import Ledger
 from trap2.demo.run import encoder_folder
 from trap2.errors import UserError
 from trap2.files import read_json, write_json, write_text
@@ -65,9 +66,10 @@ TASKS: dict[str, dict[str, str]] = {
     },
 }
 
-PAPER = asdict(Trap2Config.paper())
+PAPER = asdict(Trap2Config.preset("paper"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
+    "all-rows": {"fraction": 1.0, "memory": 0},
     "paper": {key: value for key, value in PAPER.items() if key != "scale_seed"},
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
     "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},
@@ -87,6 +89,7 @@ ATTACKER: dict[str, Any] = {
         "dare_ties": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
     },
     "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
+    "refine": 0,  # as it was when the results were made
     "validation_rows": 300,
     "test_rows": 500,
 }
@@ -185,8 +188,9 @@ def _run(work: Path, data: Path, method: str, setting: str, task: str, seed: int
     path = work / "audits" / f"{release.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(content, sort_keys=False))
-    with audit_bar() as progress:
-        report = audit(load(AuditSpec, path), progress)
+    # One ledger for all: controls and partners come back in other audits, a killed one goes on.
+    with audit_bar() as progress, Ledger(work / "ledger") as ledger:
+        report = audit(load(AuditSpec, path), progress, ledger)
     report.save(path.with_suffix(".json"))
     return report
 

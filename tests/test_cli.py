@@ -18,15 +18,27 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from auditing.shelf import Shelf, stock
+from reporting.samples import build_report
 from trap2 import __version__
 from trap2.cli import main, parser
+from trap2.files import LEDGER, LOCK, held, weights_digest
 from trap2.schema import Report
 
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
-    "audit": ["audit", "--out", "--set", "--overwrite"],
-    "list": ["what"],
+    "attack": [
+        *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
+        *("--param", "--out", "--as", "--overwrite"),
+    ],
+    "audit": [*("audit", "--out", "--suite", "--set", "--overwrite", "--ledger", "--require")],
+    "combine": ["reports", "--out", "--overwrite"],
+    "report": ["report", "--out", "--figure"],
+    "compare": ["reports", "--out"],
+    "card": ["release", "report"],
+    "sign": ["release", "--key"],
+    "verify": ["release", "--key", "--report"],
+    "list": ["what", "--suite"],
     "demo": ["--out", "--overwrite", "--short"],
 }
 """Every sub-command and flag. Growing it is a deliberate act: each one is a promise."""
@@ -104,14 +116,48 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == [
-        *("adamerging", "breadcrumbs", "cart", "chain_of_merges", "dare_ties", "della", "distac"),
-        *("fisher", "iso_c", "iso_cts", "karcher", "model_stock", "noisy", "prodistill", "pruned"),
-        *("regmean", "regmean_pp", "rounded", "slerp", "task_arithmetic", "thinned", "ties"),
-        *("ties_core", "ties_knots", "ties_sum", "truncated", "tsv"),
+        "name",
+        *("adamerging", "breadcrumbs", "cart", "chain_of_merges", "consensus", "dare_linear"),
+        *("dare_ties", "della", "distac", "equal_norms", "fisher", "iso_c", "iso_cts", "karcher"),
+        *("layer_groups", "lines", "model_stock", "noisy", "nuslerp", "pcb", "prodistill"),
+        *("pruned", "regmean", "regmean_pp", "rounded", "slerp", "task_arithmetic", "thinned"),
+        *("ties", "ties_core", "ties_knots", "ties_sum", "truncated", "tsv", "wudi"),
     ]
-    assert "T1 T2 T3  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
-    assert " T4        https://arxiv.org/abs/2212.09849  alpha in (0.9, 1.0)" in listed["regmean"]
-    assert " T1 T2     https://doi.org/10.1145/325165.325242" in listed["slerp"]
+    assert listed["ties"].split()[1:6] == ["T1", "T2", "T3", "-", "44"]
+    assert "44  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]
+    assert listed["slerp"].split()[1:5] == ["T1", "T2", "base", "11"]
+    assert listed["regmean"].split()[1:3] == ["T4", "data"]
+    assert listed["regmean"].endswith("https://arxiv.org/abs/2212.09849  alpha in (0.9, 1.0)")
+
+
+def test_a_suite_is_listed_with_what_it_tries_and_costs(capsys):
+    assert main(["list", "attacks", "--suite", "standard-v1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[0]: line for line in lines}
+    assert listed["task_arithmetic"].split()[1:6] == ["T1", "T2", "T3", "-", "14"]
+    assert listed["iso_c"].split()[1:5] == ["T1", "T2", "-", "8"]
+    assert listed["ties_core"].endswith("density in (0.2, 1.0)")
+    for wrong, message in (
+        (["attacks", "--suite", "standard"], "no suite is called 'standard'; did you mean 'stand"),
+        (["losses", "--suite", "quick"], "--suite is about attacks; write: trap2 list attacks --"),
+    ):
+        assert main(["list", *wrong]) == 2
+        assert message in in_one_line(capsys.readouterr().err)
+
+
+def test_an_audit_with_a_suite_keeps_to_it(capsys, shelf, tmp_path):
+    content = shelf.audit("lora")
+    rows = {"relabel_rows": [6], "validation_rows": 24, "test_rows": 24}
+    path = written(tmp_path, {**content, "attacker": rows})
+    assert main(["audit", path, "--out", str(tmp_path / "out"), "--suite", "quick"]) == 0
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.settings["suite"] == "quick"
+    assert report.rows["evaluations"] <= 400
+    assert list(report.tiers) == ["T1", "T2", "T3"]
+    path = written(tmp_path, content, "other.yaml")
+    assert main(["audit", path, "--out", str(tmp_path / "no"), "--suite", "quick"]) == 2
+    message = "attacker.attacks is fixed by the suite 'quick'; remove it, or the suite"
+    assert message in in_one_line(capsys.readouterr().err)
 
 
 def test_losses_are_listed_with_what_they_do(capsys):
@@ -125,10 +171,19 @@ def test_losses_are_listed_with_what_they_do(capsys):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["attack"], "invalid choice: 'attack'"),
+        (["merge"], "invalid choice: 'merge'"),
+        (["attack", "ties", "--release", "r", "--out", "o"], "one of the arguments --coefficient "),
+        (["attack", "ties", "--param", "k"], "'k' is not of the form k=v; write for example dens"),
         (["audit", "a.yaml"], "the following arguments are required: --out"),
         (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
         (["list", "papers"], "invalid choice: 'papers'"),
+        *(
+            (
+                ["audit", "a.yaml", "--out", "o", "--require", wrong],
+                f"'{wrong}' names no tiers with",
+            )
+            for wrong in ("T1", "T6=0.5", "T1=1.5", "T1=0.9,,T2=0.5", "T1=-0.1", "T1=nan")
+        ),
     ],
 )
 def test_wrong_arguments_end_with_usage_and_2(capsys, arguments, message):
@@ -156,7 +211,7 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     assert main(["audit", spec, "--out", str(out), *change]) == 0
     report = Report.load(out / "report.json")
     assert list(report.tiers) == ["T1", "T2"]
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == [LEDGER, "report.html", "report.json"]
     assert sorted(p.name for p in out.parent.iterdir()) == ["audit"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>".upper()) or "<html" in page
@@ -165,7 +220,34 @@ def test_an_audit_writes_a_report_and_prints_it(capsys, shelf, tmp_path):
     assert shown.endswith(f"report: {out / 'report.html'}\n")
 
 
-def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
+def test_a_merge_is_written_and_says_whose_head_it_has(capsys, shelf, tmp_path):
+    release, partner = (str(shelf.release("full", role)) for role in ("release", "partner"))
+    out = tmp_path / "merged"
+    arguments = ["attack", "ties", "--release", release, "--partners", partner, "--out", str(out)]
+    arguments += ["--coefficients", "1,0.5", "--param", "density=0.5"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown == f"merged: {out} (the release's own head, heads are never merged)\n"
+    assert json.loads((out / "merge.json").read_text())["coefficients"] == [1.0, 0.5]
+    assert main(arguments) == 2
+    assert "exists already; pass --overwrite or choose" in in_one_line(capsys.readouterr().err)
+    other = [*arguments[:-1], "dense=1", "--overwrite"]
+    assert main(other) == 2
+    assert "no parameter 'dense'; did you mean 'density'" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_merge_as_an_adapter_of_releases_without_a_head(capsys, shelf, tmp_path):
+    release = str(shelf.release("lora", "release"))
+    arguments = ["attack", "task_arithmetic", "--release", release, "--as", "adapter"]
+    out = tmp_path / "out"
+    assert main([*arguments, "--coefficient", "0.5", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"merged: {out} (no head)\n"
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "merge.json")
+    ]
+
+
+def test_an_audit_replaces_a_report_only_when_asked(capsys, shelf, tmp_path):
     spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
     out = tmp_path / "audit"
     out.mkdir()
@@ -173,9 +255,41 @@ def test_an_audit_replaces_its_folder_only_when_asked(capsys, shelf, tmp_path):
     assert main(["audit", spec, "--out", str(out)]) == 2
     assert "exists already; pass --overwrite or choose another" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    assert main(["audit", spec, "--out", str(out), "--overwrite"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml"]
+    ledger = tmp_path / "ledger"
+    arguments = ["audit", spec, "--out", str(out), "--overwrite", "--ledger", str(ledger)]
+    assert main(arguments) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["mine.txt", "report.html", "report.json"]
+    assert (out / "mine.txt").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit", "audit.yaml", "ledger"]
+    assert [p.name for p in ledger.iterdir()] == [LEDGER]
+
+
+def test_a_requirement_that_is_not_met_ends_in_1_with_the_report(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora", attacks=["task_arithmetic"], t3_attacks=[]))
+    out, ledger = tmp_path / "audit", ["--ledger", str(tmp_path / "ledger")]
+    needed = ["--require", "T1=0.5,T3=0.25,T5=0.1"]  # a pico has nothing to protect
+    assert main(["audit", spec, "--out", str(out), *ledger, *needed]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-3:] == [
+        "trap2: not met: T1 has nothing to protect, 0.5 is required",
+        "trap2: not met: T3 was not tested, 0.25 is required",
+        "trap2: not met: T5 was not tested, 0.1 is required",
+    ]
+    assert captured.out.endswith(f"report: {out / 'report.html'}\n")
+    assert Report.load(out / "report.json").tiers["T1"].verdict == "nothing to protect"
+
+
+def test_an_output_that_is_in_use_or_not_writable_is_refused(capsys, shelf, tmp_path):
+    spec = written(tmp_path, shelf.audit("lora"))
+    out = tmp_path / "audit"
+    with held(out):
+        assert main(["audit", spec, "--out", str(out)]) == 2
+        assert [p.name for p in out.iterdir()] == [LOCK]
+    assert f"{out} is in use by another process" in in_one_line(capsys.readouterr().err)
+    assert main(["audit", spec, "--out", "/dev/null/audit"]) == 2
+    message = "cannot write /dev/null/audit: Not a directory; free space or choose another place"
+    assert message in in_one_line(capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.yaml"]
 
 
 def test_a_sweep_prints_a_line_for_each_scale(capsys, shelf, tmp_path):
@@ -342,12 +456,99 @@ def test_a_missing_library_is_named_with_the_remedy(capsys, monkeypatch, tmp_pat
     assert "audit needs 'yaml', which is not installed; pip install 'trap2[run]'" in shown
 
 
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A release with the report of its weights beside it, `../report.json`."""
+    release = tmp_path / "release"
+    release.mkdir()
+    save_file({"w": torch.zeros(2)}, release / "model.safetensors")
+    (release / "README.md").write_text("# topics\n")
+    digests = {"release": weights_digest(release)}
+    build_report().model_copy(update={"digests": digests}).save(tmp_path / "report.json")
+    return release
+
+
+def test_a_report_is_printed_or_drawn_again(capsys, published):
+    report = published.parent / "report.json"
+    assert main(["report", str(report)]) == 0
+    assert capsys.readouterr().out.startswith("Verdict: trec6-protected holds")
+    for name in ("a.md", "a.csv", "a.svg"):
+        out = report.with_name(name)
+        assert main(["report", str(report), "--out", str(out), "--figure", "loss"]) == 0
+        assert capsys.readouterr().out == f"written: {out}\n"
+        assert out.stat().st_size > 500
+    assert main(["report", str(report), "--out", str(report.with_name("a.doc"))]) == 2
+    assert "a.doc has no suffix that says a format" in in_one_line(capsys.readouterr().err)
+
+
+def test_reports_are_compared_in_a_table_and_a_page(capsys, published):
+    report, out = str(published.parent / "report.json"), published.parent / "compare.html"
+    other = shutil.copy(report, published / "report.json")
+    assert main(["compare", report, str(other), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("58.8%") == 2
+    page = out.read_text(encoding="utf-8")
+    assert page.count("58.8% [2.0%]") == 2
+    for name in ("report.json", "release/report.json"):
+        assert f"<bdi>{name}</bdi>" in page
+    assert main(["compare", report, "--out", str(out.with_suffix(".md"))]) == 2
+    assert "compare.md does not end in .html" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_card_a_list_and_a_check_follow_an_audit(capsys, published):
+    release, report = str(published), str(published.parent / "report.json")
+    assert main(["card", release, report]) == 0
+    assert main(["sign", release]) == 0
+    assert main(["verify", release, "--report", report]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"card: {published / 'README.md'}",
+        f"3 files listed in {published / 'SHA256SUMS'}",
+        "3 files are as SHA256SUMS lists them",
+        "no key was given, so this does not say who made them",
+        f"{report} is of these weights",
+    ]
+    save_file({"w": torch.ones(2)}, published / "model.safetensors")
+    assert main(["verify", release]) == 2
+    assert "changed 'model.safetensors'" in in_one_line(capsys.readouterr().err)
+    assert main(["sign", release]) == 0
+    assert main(["verify", release, "--report", report]) == 2
+    assert "the report is of weights sha256:" in in_one_line(capsys.readouterr().err)
+    assert main(["card", release, report]) == 2
+    assert "give the report of these weights" in in_one_line(capsys.readouterr().err)
+
+
+def test_a_signed_release_is_verified_with_the_publishers_key(capsys, published):
+    pytest.importorskip("model_signing", reason="model-signing is not installed")
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = published.parent / "key.pem", published.parent / "key.pub"
+    private.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    public.write_bytes(
+        key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    )
+    release = str(published)
+    assert main(["sign", release, "--key", str(private)]) == 0
+    assert main(["verify", release, "--key", str(public)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"2 files listed in {published / 'SHA256SUMS'}",
+        f"signed: {published / 'model.sig'}",
+        "2 files are as SHA256SUMS lists them",
+        f"every file is as the owner of {public} signed it",
+    ]
+    (published / "README.md").write_text("# topics, changed\n")
+    assert main(["sign", release]) == 0  # the list alone, by whoever changed the card
+    assert main(["verify", release, "--key", str(public)]) == 2
+    assert "is not as the owner of" in in_one_line(capsys.readouterr().err)
+
+
 def unblock() -> None:
     """A test run in the background would hand its ignored Ctrl-C on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
+def test_ctrl_c_during_an_audit_gives_130_and_leaves_the_ledger(shelf, tmp_path):
     many = [i / 1000 for i in range(2000)]
     path = written(tmp_path, shelf.audit("lora", coefficients=many))
     command = [sys.executable, "-m", "trap2", "audit", path, "--out", str(tmp_path / "out")]
@@ -369,4 +570,4 @@ def test_ctrl_c_during_an_audit_gives_130_and_leaves_nothing(shelf, tmp_path):
     assert err.decode().splitlines()[-1] == "trap2: interrupted; what was finished is kept"
     assert b"Traceback" not in seen + err
     assert out == b""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audit.yaml"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["audit.yaml", LEDGER, "out"]

@@ -17,7 +17,10 @@ from safetensors.numpy import save_file
 
 from trap2.errors import UserError
 from trap2.files import (
+    LOCK,
     file_digest,
+    held,
+    nested,
     new_folder,
     read_json,
     refuse_existing,
@@ -272,3 +275,76 @@ def test_a_missing_json_file_is_said_in_one_line(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"cannot read {tmp_path / 'a.json'}: No such file or directory; check the path"
     )
+
+
+def test_nested_finds_what_is_there_and_nothing_where_something_else_stands():
+    record = {"a": {"b": [1]}, "c": "text", "d": None}
+    assert nested(record, "a", "b") == [1]
+    assert nested(record) == record
+    for keys in (("a", "x"), ("c", "x"), ("d", "x", "y"), ("a", "b", "0")):
+        assert nested(record, *keys) is None
+
+
+HOLDING = """
+import os, signal, sys
+from pathlib import Path
+from trap2.files import held
+with held(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "deep" / "out"
+    with held(folder):
+        assert [p.name for p in folder.iterdir()] == [LOCK]
+        with (
+            pytest.raises(UserError, match=f"{folder} is in use by another process; wait for it"),
+            held(folder),
+        ):
+            raise AssertionError
+        assert [p.name for p in folder.iterdir()] == [LOCK]
+    assert list(tmp_path.iterdir()) == []  # it stayed empty
+    with held(folder):
+        (folder / "result").touch()
+    assert [p.name for p in folder.iterdir()] == ["result"]
+
+
+def test_a_hold_ends_with_its_process(tmp_path):
+    killed(HOLDING, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [LOCK]
+    with held(tmp_path):
+        (tmp_path / "result").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_hold_on_a_lock_that_is_just_being_removed_is_none(tmp_path, monkeypatch):
+    import fcntl
+
+    def removed(stream, operation):
+        (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with pytest.raises(UserError, match="is in use by another process"), held(tmp_path):
+        raise AssertionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_held_is_refused(tmp_path):
+    with (
+        read_only(tmp_path),
+        pytest.raises(UserError, match=f"cannot write {tmp_path}: Permission denied; free space"),
+        held(tmp_path),
+    ):
+        raise AssertionError
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, not a folder"), held(tmp_path / "file"):
+        raise AssertionError
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_some_names_are_no_result(tmp_path):
+    (tmp_path / "ledger").touch()
+    refuse_existing(tmp_path, overwrite=False, besides=("ledger",))
+    with pytest.raises(UserError, match="exists already"):
+        refuse_existing(tmp_path, overwrite=False)

@@ -17,7 +17,7 @@ Tree = dict[str, str]
 
 CORE = (
     *("errors", "registry", "files", "checkpoint", "naming", "update", "scales"),
-    *("schema", "recipes", "provenance", "progress"),
+    *("schema", "suites", "recipes", "provenance", "progress", "signing"),
 )
 MAY_IMPORT = {
     "core": ("core",),
@@ -42,8 +42,10 @@ HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("trap2.reporting.plots",),
     "jinja2": ("trap2.reporting.html",),
     "sklearn": ("trap2.tasks.relabel", "trap2.tasks.probe"),
-    "scipy": ("trap2.tasks.relabel",),
+    "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine"),
+    "model_signing": ("trap2.signing",),
     "mergekit": (),
+    "trl": (),
     "pickle": (),
     "cloudpickle": (),
     "dill": (),
@@ -52,7 +54,13 @@ HOMES: dict[str, tuple[str, ...]] = {
 """The only modules or packages that import a library."""
 
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
-MAY_PRINT = ("trap2.cli", "trap2.demo.run")
+MAY_PRINT = (
+    "trap2.cli.making",
+    "trap2.cli.judging",
+    "trap2.cli.publishing",
+    "trap2.cli",
+    "trap2.demo.run",
+)
 PUBLIC = ["Protector", "Trap2Config", "Update", "attack", "audit", "protect_trainer"]
 
 
@@ -207,6 +215,7 @@ CASES: list[tuple[Callable[[Tree], Iterator[str]], Tree]] = [
     (homes, {"trap2.tasks.evaluate": "import sklearn.metrics"}),
     (homes, {"trap2.attacks.slerp": "from scipy import optimize"}),
     (homes, {"trap2.checkpoint": "import pickle"}),
+    (homes, {"trap2.files": "from model_signing import signing"}),
     (homes, {"trap2.protecting_more": "import peft"}),
     (pickles, {"trap2.checkpoint": "import torch\nx = torch.load('x')"}),
     (pickles, {"trap2.checkpoint": "from torch import load"}),

@@ -85,9 +85,10 @@ def test_the_recipe_and_the_audit_validate(tmp_path: Path) -> None:
 
 
 def test_every_command_parses() -> None:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    whole = [block.replace("\\\n", "") for block in blocks("bash")]
+    lines = [line for block in whole for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("trap2 ")]
-    assert {words[1] for words in commands} >= {"protect", "sweep", "audit", "list"}
+    assert {words[1] for words in commands} >= {"protect", "sweep", "attack", "audit", "list"}
     for words in commands:
         assert parser().parse_args(words[1:]).command == words[1]
 

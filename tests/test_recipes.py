@@ -90,6 +90,14 @@ def test_an_unknown_key_gets_a_suggestion_at_every_level(
     assert suggested in message.split("known: ")[1].split(", ")
 
 
+def test_a_preset_of_the_trap_is_changed_by_the_keys_beside_it() -> None:
+    config = config_from({"preset": "paper", "strength": 0.1}, Trap2Config)
+    assert config == Trap2Config.preset("paper", strength=0.1)
+    assert config_from({"preset": "default"}, Trap2Config) == Trap2Config()
+    with pytest.raises(UserError, match=r"^no preset is called 'papr'; did you mean 'paper'"):
+        config_from({"preset": "papr"}, Trap2Config)
+
+
 def test_an_unknown_key_of_the_trap_gets_a_suggestion() -> None:
     with pytest.raises(UserError) as caught:
         config_from({"strenght": 1}, Trap2Config)

@@ -12,10 +12,11 @@ from trap2.errors import UserError
 from trap2.schema import Report, ScalePoint
 
 FIELDS = {
-    "Report": "schema_version release references utility_cost scale_curve control_scale_curve "
-    "attacks frontier recovery tiers partners_keep evidence verdict flags limits settings versions "
-    "machine seed digests rows created seconds",
-    "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band",
+    "Report": "schema_version release references utility_cost utility_cost_interval scale_curve "
+    "control_scale_curve attacks frontier recovery tiers partners_keep thresholds evidence verdict "
+    "flags limits settings versions machine seed digests rows created seconds",
+    "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band "
+    "recipe",
     "References": "base standalone control control_base chance relabelled partners "
     "partners_base partners_chance",
     "Evidence": "grids control_differs surrogates batch_norm_layers reload_gap",
@@ -24,14 +25,20 @@ FIELDS = {
     "ScalePoint": "s accuracy loss",
     "PartnerScore": "merged without_release",
     "AttackResult": "name tier params merged retained admissible unconstrained_retained partners "
-    "control_params control_merged control_retained control_admissible relabel_rows evaluations",
+    "control_params control_merged control_retained control_admissible relabel_rows evaluations "
+    "interval control_interval",
     "FrontierPoint": "attack params retained partners_retained of",
     "RecoveryPoint": "method reference budget_rows budget_steps coefficient accuracy "
     "without_release standalone retained unconstrained admissible partners control_coefficient "
     "control_accuracy control_without_release control_standalone control_retained "
     "control_admissible",
     "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
-    "control_by_rows verdict",
+    "control_by_rows verdict interval control_interval",
+    "Thresholds": "holds broken mergeable",
+    "OverSeeds": "mean deviation interval values",
+    "CombinedTier": "unmergeability control_unmergeability verdict verdicts",
+    "Combined": "schema_version release seeds base standalone control utility_cost tiers "
+    "thresholds flags settings rows digests",
 }
 """Names on disk of schema version 1: one that goes or changes makes a new version."""
 
@@ -122,3 +129,14 @@ def test_older_records_without_flags_are_read(tmp_path):
     assert report.flags == []
     assert report.evidence == schema.Evidence()
     assert report.references.partners_base == report.references.partners_chance == {}
+
+
+def test_older_records_without_intervals_are_read(tmp_path):
+    def older(record):
+        del record["thresholds"], record["utility_cost_interval"]
+        for part in (*record["attacks"], *record["tiers"].values()):
+            del part["interval"], part["control_interval"]
+
+    report = Report.load(changed(tmp_path, older))
+    assert report.utility_cost_interval is report.tiers["T1"].interval is None
+    assert (report.thresholds.holds, report.thresholds.broken) == (0.8, 0.2)

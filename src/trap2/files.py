@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,21 @@ def write_json(path: Path, record: Any) -> None:
     write_text(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool, besides: Collection[str] = ()) -> None:
     """Stop before any work is done if the result would have nowhere to go.
+
+    Args:
+        path: The output folder.
+        overwrite: Whether what is there may be replaced.
+        besides: Names in it that are no result.
 
     Raises:
         UserError: `path` exists and `overwrite` is false, or it exists and is not a folder.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder; choose another output folder")
-    if path.exists() and any(path.iterdir()) and not overwrite:
+    taken = path.exists() and any(inside.name not in besides for inside in path.iterdir())
+    if taken and not overwrite:
         raise UserError(f"{path} exists already; pass --overwrite or choose another output folder")
 
 
@@ -94,6 +100,56 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+LOCK, LEDGER = ".lock", "evaluations.sqlite"
+"""By the first a process holds a folder while it works there; the second is an audit's ledger."""
+
+UNFINISHED = (LOCK, LEDGER, f"{LEDGER}-journal")
+"""What a killed audit leaves in its folder: no result, but where to go on from."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; it is made, and removed again if it stays empty.
+
+    The hold is the operating system's (flock), so it ends with the process, however that dies.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UserError: Another process holds it, it is a file, or the place is not writable.
+    """
+    import fcntl  # not on every system, and only here
+
+    refuse_existing(folder, overwrite=True)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    lock = folder / LOCK
+    with ExitStack() as closing:
+        try:
+            for place in reversed(made):
+                closing.callback(_remove_empty, place)
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = closing.enter_context(lock.open("a"))
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or not os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+                raise BlockingIOError  # its last holder has just removed it
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder} is in use by another process; wait for it, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write {folder}: {error.strerror}; free space or choose another place"
+            ) from error
+        closing.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of one file, as `sha256:<hex>`."""
     digest = hashlib.sha256()
@@ -125,4 +181,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); write it again") from error
     if not isinstance(record, dict):
         raise UserError(f"{path} holds a {type(record).__name__}, not an object; write it again")
+    return record
+
+
+def nested(record: Any, *keys: str) -> Any:
+    """What stands under these keys, one within the other; None where something else stands.
+
+    For records that others wrote.
+    """
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
     return record

@@ -1,5 +1,6 @@
 """Progress of an audit on the terminal: what is being done, how many evaluations, how fast."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -8,10 +9,11 @@ from tqdm.auto import tqdm
 
 
 class Progress(NamedTuple):
-    """Who is told what: `say` a few words on what begins, `tick` after each evaluation."""
+    """Who is told what: `say` what begins, `tick` after each evaluation, `note` what must stay."""
 
     say: Callable[[str], None]
     tick: Callable[[], None]
+    note: Callable[[str], None] = lambda text: None
 
 
 SILENT = Progress(lambda text: None, lambda: None)
@@ -28,4 +30,7 @@ def audit_bar() -> Iterator[Progress]:
         def tick() -> None:
             bar.update()
 
-        yield Progress(say, tick)
+        def note(text: str) -> None:
+            bar.write(f"audit: {text}", file=sys.stderr)
+
+        yield Progress(say, tick, note)

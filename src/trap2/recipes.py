@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
+from trap2.schema import Thresholds
+from trap2.suites import QUICK, suite
 
 
 class Settings(BaseModel):
@@ -121,8 +130,12 @@ class ReleaseSpec(Settings):
 
 
 class AttackerSpec(Settings):
-    """What the attacker may spend."""
+    """What the attacker may spend: a suite, or a choice of one's own; without either, `quick`.
 
+    A choice of one's own is any setting that a suite fixes.
+    """
+
+    suite: str | None = Field(None, description="a frozen attacker: quick or standard-v1")
     attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
     coefficients: list[float] | dict[str, list[float]] | None = Field(
         None, description="shared coefficients tried in T1 and T2, for all attacks or by attack"
@@ -136,6 +149,12 @@ class AttackerSpec(Settings):
         [0.2, 0.4, 0.6, 0.8], description="coefficients of the partners beside the release at 1"
     )
     t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
+    refine: int = Field(
+        2, ge=0, description="rounds of looking halfway between the best mixtures and others"
+    )
+    budget: int | None = Field(
+        None, ge=1, description="mixtures tried at most for each attack on each side"
+    )
     relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
     data_attacks: list[str] = Field([], description="tier T4: attacks on unlabelled rows")
     unlabelled_rows: int = Field(100, ge=2, description="validation rows of every task, for T4")
@@ -156,6 +175,25 @@ class AttackerSpec(Settings):
     validation_rows: int = Field(300, ge=10)
     test_rows: int = Field(500, ge=10)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_suite(cls, given: Any) -> Any:
+        """Fill in what the suite fixes; a setting that says otherwise contradicts it."""
+        if not isinstance(given, dict):
+            return given
+        name = given.get("suite")
+        if name is None and not any(key in given for key in QUICK.settings()):
+            name = QUICK.name
+        if not isinstance(name, str):
+            return given
+        fixed = suite(name).settings()
+        for key, value in fixed.items():
+            if given.get(key, value) != value:
+                raise ValueError(
+                    f"attacker.{key} is fixed by the suite '{name}'; remove it, or the suite"
+                )
+        return {**given, **fixed, "suite": name}
+
 
 class AuditSpec(Settings):
     """One audit."""
@@ -165,7 +203,22 @@ class AuditSpec(Settings):
     control: Path | None = None
     partners: list[ReleaseSpec] = Field(min_length=1)
     attacker: AttackerSpec = AttackerSpec()
-    scales: list[float] = [0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.3, 1.5, 1.8]
+    verdict: Thresholds = Thresholds()
+    scales: list[FiniteFloat] = [
+        0.0,
+        0.15,
+        0.3,
+        0.5,
+        0.7,
+        0.85,
+        0.95,
+        1.0,
+        1.05,
+        1.15,
+        1.3,
+        1.5,
+        1.8,
+    ]
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -288,14 +341,18 @@ def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]
 def config_from(settings: dict[str, Any], config_class: type[Any]) -> Any:
     """Make a settings dataclass from recipe values, with a suggestion on an unknown key.
 
+    The key `preset` names the setting that the others change.
+
     Raises:
         UserError: A key is unknown or a value has the wrong type or range.
     """
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    given = dict(settings)
+    preset = given.pop("preset", None)
     values = {}
-    for key, value in settings.items():
+    for key, value in given.items():
         if key not in fields:
-            known = list(fields)
+            known = [*fields, "preset"]
             raise UserError(
                 f"unknown key 'trap2.{key}';{did_you_mean(key, known)} known: {', '.join(known)}"
             )
@@ -307,4 +364,4 @@ def config_from(settings: dict[str, Any], config_class: type[Any]) -> Any:
         except (ValueError, OverflowError) as error:
             name = getattr(wanted, "__name__", wanted)
             raise UserError(f"trap2.{key}={value!r} is no {name}; correct it") from error
-    return config_class(**values)
+    return config_class(**values) if preset is None else config_class.preset(str(preset), **values)

@@ -15,14 +15,16 @@ Accuracies, retained skill and unmergeability are fractions. Words are those of 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trap2.errors import UserError
-from trap2.files import read_json, write_json
+from trap2.files import read_json, weights_digest, write_json
 
 SCHEMA_VERSION = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Interval = tuple[Fraction, Fraction]
+Word = Literal["holds", "leaks", "broken", "inconclusive", "nothing to protect"]
 Tier = Literal["T1", "T2", "T3", "T4", "T5"]
 Params = dict[str, float | int | str | bool | list[float]]
 
@@ -33,8 +35,27 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Thresholds(Record):
+    """Where the words of a verdict begin.
+
+    A tier `holds` if its interval of U lies at `holds` or above, is `broken` if it lies under
+    `broken`, and `leaks` if it lies between; an interval across either is `inconclusive`. If merges
+    keep less than `mergeable` of the control's skill, there is nothing to protect.
+    """
+
+    holds: Fraction = 0.8
+    broken: Fraction = 0.2
+    mergeable: Fraction = 0.3
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Thresholds":
+        if self.broken > self.holds:
+            raise ValueError(f"broken={self.broken} is above holds={self.holds}; lower it")
+        return self
+
+
 class ReleaseInfo(Record):
-    """What was audited."""
+    """What was audited; `recipe` is how its `trap2.json` says it was trained, by dotted key."""
 
     name: str
     kind: Literal["lora", "full"]
@@ -45,6 +66,7 @@ class ReleaseInfo(Record):
     has_control: bool
     trained_range: tuple[float, float] | None = None
     trained_band: float | None = None
+    recipe: dict[str, str] = {}
 
 
 class RelabelledReferences(Record):
@@ -96,6 +118,7 @@ class AttackResult(Record):
     `params` holds the coefficients the attacker chose; `admissible` says whether the partners kept
     the required share; `unconstrained_retained` is of the best mixture when partners do not matter.
     `evaluations` counts the model runs spent on it so far; runs made before are not made again.
+    `interval` and `control_interval` are the 95 % intervals of `retained` over the test rows.
     """
 
     name: str
@@ -112,6 +135,8 @@ class AttackResult(Record):
     control_admissible: bool | None = None
     relabel_rows: int = 0
     evaluations: int = 0
+    interval: Interval | None = None
+    control_interval: Interval | None = None
 
 
 class FrontierPoint(Record):
@@ -128,6 +153,8 @@ class TierResult(Record):
     """The worst case of one attacker tier, the ones before it included.
 
     `partners_ignored` is the largest share of the skill kept when partners do not matter.
+    `interval` and `control_interval` are the 95 % intervals of unmergeability over the test rows; a
+    tier is `inconclusive` if its interval does not tell which other word is right.
     """
 
     unmergeability: Fraction
@@ -136,7 +163,9 @@ class TierResult(Record):
     partners_ignored: Fraction | None = None
     by_rows: dict[str, Fraction] = {}
     control_by_rows: dict[str, Fraction] = {}
-    verdict: Literal["holds", "leaks", "broken", "nothing to protect"]
+    verdict: Word
+    interval: Interval | None = None
+    control_interval: Interval | None = None
 
 
 class RecoveryPoint(Record):
@@ -203,6 +232,7 @@ class Report(Record):
     release: ReleaseInfo
     references: References
     utility_cost: float | None
+    utility_cost_interval: tuple[float, float] | None = None
     scale_curve: list[ScalePoint]
     control_scale_curve: list[ScalePoint]
     attacks: list[AttackResult]
@@ -210,6 +240,7 @@ class Report(Record):
     recovery: list[RecoveryPoint] = []
     tiers: dict[Tier, TierResult]
     partners_keep: Fraction = 0.95
+    thresholds: Thresholds = Thresholds()
     evidence: Evidence = Evidence()
     verdict: str
     flags: list[Flag] = []
@@ -226,6 +257,27 @@ class Report(Record):
     def save(self, path: Path) -> None:
         """Write the record so that it is whole or absent."""
         write_json(path, self.model_dump(mode="json"))
+
+    def check_weights(self, folder: Path) -> None:
+        """Refuse a folder of other weights than those this record speaks of.
+
+        Raises:
+            UserError: The folder is none, cannot be read, or its weights have another digest.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a release folder")
+        try:
+            found = weights_digest(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename}: {error.strerror}; check the release"
+            ) from error
+        audited = self.digests.get("release")
+        if found != audited:
+            raise UserError(
+                f"the report is of weights {audited}, but those in {folder} are {found}; "
+                "give the report of these weights, or audit them"
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -249,3 +301,49 @@ class Report(Record):
             raise UserError(
                 f"{path} is not a whole report: {place}: {first['msg']}; run the audit again"
             ) from error
+
+
+class OverSeeds(Record):
+    """One number of several audits, which differ in the training seed alone.
+
+    `deviation` is the sample deviation over seeds; `interval` is that of the mean, at 95 %.
+    """
+
+    mean: float
+    deviation: float
+    interval: tuple[float, float]
+    values: list[float]
+
+
+class CombinedTier(Record):
+    """One attacker tier over several seeds; `verdicts` are those of the single audits."""
+
+    unmergeability: OverSeeds
+    control_unmergeability: OverSeeds | None
+    verdict: Word
+    verdicts: list[Word]
+
+
+class Combined(Record):
+    """Several audits of one recipe under different seeds, in the order they were given.
+
+    `release` is that of the first, without its seed; `seeds` and `digests` are those of all.
+    """
+
+    schema_version: Literal[1] = 1
+    release: ReleaseInfo
+    seeds: list[str]
+    base: OverSeeds
+    standalone: OverSeeds
+    control: OverSeeds | None
+    utility_cost: OverSeeds | None
+    tiers: dict[Tier, CombinedTier]
+    thresholds: Thresholds
+    flags: list[Flag]
+    settings: dict[str, Any]
+    rows: dict[str, int]
+    digests: list[dict[str, str]]
+
+    def save(self, path: Path) -> None:
+        """Write the record so that it is whole or absent."""
+        write_json(path, self.model_dump(mode="json"))

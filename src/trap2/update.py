@@ -10,6 +10,7 @@ It knows which tensors are shared with the base (mergeable) and which are the ta
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -43,6 +44,23 @@ MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that move the frozen base: the adapter alone is not the update."""
 
 
+@dataclass(frozen=True)
+class Factors:
+    """The two factors of a LoRA update, `scaling * B @ A`, as peft stores them.
+
+    Attributes:
+        A: r first.
+        B: r second.
+        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA.
+        suffixes: What peft writes behind the module's name for A and for B.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    suffixes: tuple[str, str]
+
+
 class Deltas(Protocol):
     """Source of one release's update tensors, by base tensor name."""
 
@@ -51,6 +69,12 @@ class Deltas(Protocol):
 
     def delta(self, name: str) -> Tensor:
         """The float32 update of one base tensor."""
+
+    def own_name(self, name: str) -> str:
+        """What the release calls a base tensor that it changes."""
+
+    def factors(self, name: str) -> Factors | None:
+        """The factors of its update; None where it is kept whole."""
 
 
 class Update:
@@ -118,6 +142,17 @@ class Update:
     def delta(self, name: str) -> Tensor:
         """The update dW of one base tensor, float32, in the base's shape."""
         return self._source.delta(name)
+
+    @property
+    def prefix(self) -> str:
+        """What the release writes before the base's tensor names, such as `bert.`, or nothing."""
+        known = self.shared[0]
+        own = self._source.own_name(known)
+        return own.removesuffix(known) if own.endswith(known) else ""
+
+    def factors(self, name: str) -> Factors | None:
+        """The LoRA factors of the update of one base tensor; None where it is kept whole."""
+        return self._source.factors(name)
 
     def scaled(self, name: str, s: float) -> Tensor:
         """W0 + s * dW of one base tensor, float32."""
@@ -209,6 +244,12 @@ class _CheckpointDeltas:
     def delta(self, name: str) -> Tensor:
         return self._weights.tensor(self._names[name]).float() - self._base.tensor(name).float()
 
+    def own_name(self, name: str) -> str:
+        return self._names[name]
+
+    def factors(self, name: str) -> Factors | None:
+        return None
+
 
 class _AdapterDeltas:
     """Update of a LoRA or rsLoRA adapter: scaling * B @ A, plus whole tensors saved beside it."""
@@ -242,7 +283,7 @@ class _AdapterDeltas:
             new = self._weights.tensor(PEFT_PREFIX + self._saved[name]).float()
             delta = new - self._base.tensor(name).float() if self._fits(name, new) else new
         else:
-            delta = self._low_rank(self._modules[name])
+            delta = self._low_rank(name)
         if not self._fits(name, delta):
             raise UserError(
                 _shapes_differ(self._weights, name, tuple(delta.shape), self._base, name)
@@ -252,24 +293,34 @@ class _AdapterDeltas:
     def _fits(self, name: str, delta: Tensor) -> bool:
         return tuple(delta.shape) == self._base.shape(name)
 
-    def _low_rank(self, module: str) -> Tensor:
-        key = PEFT_PREFIX + module
-        if f"{key}.lora_embedding_A" in self._weights:
-            a = self._weights.tensor(f"{key}.lora_embedding_A").float()
-            b = self._weights.tensor(f"{key}.lora_embedding_B").float()
-            return self._scaling(module, a.shape[0]) * (b @ a).T
-        a = self._weights.tensor(f"{key}.lora_A.weight").float()
-        b = self._weights.tensor(f"{key}.lora_B.weight").float()
-        scaling = self._scaling(module, a.shape[0])
+    def own_name(self, name: str) -> str:
+        return self._saved[name] if name in self._saved else f"{self._modules[name]}.weight"
+
+    def factors(self, name: str) -> Factors | None:
+        if name in self._saved:
+            return None
+        module = self._modules[name]
+        suffixes = ("lora_embedding_A", "lora_embedding_B")
+        if f"{PEFT_PREFIX}{module}.{suffixes[0]}" not in self._weights:
+            suffixes = ("lora_A.weight", "lora_B.weight")
+        a, b = (self._weights.tensor(f"{PEFT_PREFIX}{module}.{s}").float() for s in suffixes)
+        return Factors(a, b, self._scaling(module, a.shape[0]), suffixes)
+
+    def _low_rank(self, name: str) -> Tensor:
+        found = self.factors(name)
+        assert found is not None
+        a, b, scaling = found.A, found.B, found.scaling
+        if found.suffixes[0] == "lora_embedding_A":
+            return scaling * (b @ a).T
         if a.dim() == 2:
             delta = scaling * (b @ a)
             return delta.T if self._config.get("fan_in_fan_out") else delta
         if a.dim() == 4 and tuple(b.shape[1:]) == (a.shape[0], 1, 1):
             return scaling * torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
         raise Unsupported(
-            f"{self._weights.folder} adapts '{module}' with factors of shape {tuple(a.shape)} and "
-            f"{tuple(b.shape)}; only linear, embedding and ungrouped 2-D convolution layers are "
-            "exact yet"
+            f"{self._weights.folder} adapts '{self._modules[name]}' with factors of shape "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; only linear, embedding and ungrouped 2-D "
+            "convolution layers are exact yet"
         )
 
     def _scaling(self, module: str, rank: int) -> float:

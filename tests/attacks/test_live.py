@@ -17,9 +17,11 @@ QUICK = settings(deadline=None, max_examples=30)
 
 NEUTRAL = {"density": 1.0, "drop": 0.0, "seed": 0, "epsilon": 0.0, "gamma": 0.0}
 NEUTRAL |= {"rank_share": 0.1, "weight": 1.0, "rank_kept": 1.0, "bits": 24, "noise": 0.0}
+NEUTRAL |= {"rank_share": 0.1, "weight": 1.0, "scale": 1.0, "first": 1.0, "early": 1.0, "late": 1.0}
+NEUTRAL |= {"strictness": 0.5, "votes": 2, "pull": 0.03}
 """Hyper-parameters at which an attack leaves a single model alone."""
 
-CHANGES_ONE = ("iso_c", "iso_cts")
+CHANGES_ONE = ("iso_c", "iso_cts", "pcb")
 """Attacks that by definition change a single model whatever their hyper-parameters are."""
 
 NAMES = [name for name in load_attacks() if not load_attacks().get(name).needs_data]
@@ -100,7 +102,7 @@ def test_one_model_alone_keeps_its_logits(pico, name, kind):
     params = {key: NEUTRAL[key] for key in chosen.grid}
     other = updates["lora" if kind == "full" else "full"]
     cases = [([updates[kind]], 1.0)]
-    if name == "slerp":
+    if chosen.models == (2, 2):
         cases = [([updates[kind], other], 0.0), ([other, updates[kind]], 1.0)]
     for models, coefficient in cases:
         with live.merged(merge(name, models, coefficient, **params)) as merged, torch.no_grad():

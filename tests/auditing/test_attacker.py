@@ -36,7 +36,8 @@ class Table(Arena):
     """An arena whose evaluations come from a function of the mixture instead of a model."""
 
     def __init__(self, score: Score, partners: int = 2, shift: Any = None, **spec: Any) -> None:
-        settings = {"coefficients": [0.0, 0.5, 1.0], "relabel_rows": [], **spec}
+        grid = {} if "suite" in spec else {"coefficients": [0.0, 0.5, 1.0], "refine": 0}
+        settings = {"relabel_rows": [], **grid, **spec}
         self.spec: Any = SimpleNamespace(attacker=AttackerSpec.model_validate(settings))
         self.progress, self.evaluations = SILENT, 0
         self.partners = tuple(f"p{i}" for i in range(1, partners + 1))
@@ -91,7 +92,11 @@ def brute_force(score: Score, name: str, mixtures: list[Mixture], grid: list[Mix
         shares = [accuracy(score, mixture, p) / accuracy(score, without, p) for p in partners]
         return sum(shares) / len(shares)
 
-    good = [m for m in mixtures if keep(m) >= 0.95 and accuracy(score, m, RELEASE) > 0.3]
+    good = [
+        m
+        for m in mixtures
+        if m.coefficients[0] != 0 and keep(m) >= 0.95 and accuracy(score, m, RELEASE) > 0.3
+    ]
     return max(good, key=lambda m: accuracy(score, m, RELEASE), default=None)
 
 
@@ -115,7 +120,8 @@ def test_the_choice_is_that_of_brute_force_over_all_mixtures(seed):
         return
     assert catch.mixture == expected
     assert catch.merged == pytest.approx(accuracy(score, expected, RELEASE, "test"))
-    best = max(mixtures, key=lambda m: accuracy(score, m, RELEASE))
+    taking_part = [m for m in mixtures if m.coefficients[0] != 0]
+    best = max(taking_part, key=lambda m: accuracy(score, m, RELEASE))
     assert catch.unconstrained == pytest.approx(accuracy(score, best, RELEASE, "test"))
 
 
@@ -419,3 +425,129 @@ def test_the_control_is_attacked_in_the_same_way():
 
 def test_chance_is_the_share_of_the_most_frequent_label():
     assert chance(torch.tensor([0, 2, 2, 1, 2])) == pytest.approx(0.6)
+
+
+def valleys(mixture: Mixture, member: str, split: str) -> float:
+    """Skill in a wide valley at 1 that costs the partners, and in a narrow one at 0.3."""
+    own = mixture.coefficient_of(RELEASE)
+    if member == RELEASE:
+        wide, narrow = max(0.0, 0.9 - abs(own - 1.0)), max(0.0, 0.7 - 8 * abs(own - 0.3))
+        return max(0.2, wide, narrow)
+    return 0.9 if own < 0.4 else 0.5
+
+
+def test_the_search_goes_on_beside_the_second_optimum_too():
+    values = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+    grid = caught(Table(valleys, coefficients=values))["T1", 0]
+    assert grid.mixture.coefficients == (0.25,) * 3
+    refined = caught(Table(valleys, coefficients=values, refine=2))["T1", 0]
+    assert refined.mixture.coefficients == (0.3125,) * 3
+    assert refined.merged == pytest.approx(0.6, abs=0.02)
+    assert refined.unconstrained == pytest.approx(0.9)
+
+
+def test_without_refinement_only_the_grid_is_tried():
+    arena = Table(valleys)
+    attacker = Attacker(arena, RELEASE)
+    list(attacker.shared("task_arithmetic"))
+    assert {m.coefficients[0] for m in attacker.explored["task_arithmetic"]} == {0.0, 0.5, 1.0}
+
+
+def test_what_the_partners_reach_without_the_release_is_refined_in_the_same_way():
+    def score(mixture, member, split):
+        return 0.4 if member == RELEASE else max(0.1, 0.9 - abs(mixture.coefficients[-1] - 0.3))
+
+    coarse, fine = (caught(Table(score, refine=rounds))["T1", 0] for rounds in (0, 2))
+    assert coarse.without["p1"] == pytest.approx(0.7, abs=0.02)
+    assert fine.without["p1"] == pytest.approx(0.85, abs=0.03)
+
+
+def test_one_coefficient_per_model_is_refined_place_by_place():
+    def score(mixture, member, split):
+        off = sum(abs(c - t) for c, t in zip(mixture.coefficients, (0.9, 0.4, 0.5)))  # noqa: B905
+        return max(0.1, 0.8 - off) if member == RELEASE else 0.9
+
+    spec = {"t3_values": [0.2, 0.4, 0.6, 0.8, 1.0], "coefficients": [0.6]}
+    coarse, fine = (
+        caught(Table(score, refine=rounds, **spec), power="per_model")["T3", 0] for rounds in (0, 1)
+    )
+    assert coarse.mixture.coefficients != fine.mixture.coefficients == (0.9, 0.4, 0.5)
+
+
+def tempting(mixture: Mixture, member: str, split: str) -> float:
+    """The protected task does well without the release: its partners help the base."""
+    if member == RELEASE:
+        return 0.4 if mixture.coefficient_of(RELEASE) else 0.4 + 0.3 * (len(mixture.members) > 1)
+    return 0.9
+
+
+def test_a_mixture_that_leaves_the_release_out_is_no_catch():
+    arena = Table(tempting, t3_values=[0.0, 0.5, 1.0], refine=1)
+    for (_tier, _), catch in {**caught(arena), **caught(arena, power="per_model")}.items():
+        assert not catch.admissible
+        assert catch.merged == pytest.approx(0.4)
+        assert catch.mixture.coefficient_of(RELEASE) != 0
+        assert catch.unconstrained == pytest.approx(0.4)
+
+
+def test_a_place_on_the_way_at_which_nothing_of_the_release_is_left_is_no_catch():
+    catch = caught(Table(tempting, coefficients=[0.5, 1.0]), "slerp")["T1", 0]
+    assert not catch.admissible
+    assert catch.mixture.coefficients == (0.5, 0.5)
+
+
+def test_the_budget_counts_mixtures_and_ends_the_search():
+    spec = {"coefficients": [0.0, 0.5, 1.0], "refine": 3, "t3_values": [0.0, 0.3, 0.6, 0.9]}
+    arena = Table(valleys, budget=9, **spec)
+    attacker = Attacker(arena, RELEASE)
+    list(attacker.shared("task_arithmetic"))
+    list(attacker.per_model("task_arithmetic"))
+    first = [*attacker.explored["task_arithmetic"]]
+    assert len(first) == 9
+    free = Attacker(Table(valleys, **spec), RELEASE)
+    list(free.shared("task_arithmetic"))
+    list(free.per_model("task_arithmetic"))
+    assert len(free.explored["task_arithmetic"]) > 9
+    assert first == [*free.explored["task_arithmetic"]][:9]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"attacks": ["task_arithmetic"], "coefficients": [0.0]},
+            "'task_arithmetic' leaves the release out at every coefficient given; add others to",
+        ),
+        (
+            {"attacks": ["slerp"], "coefficients": [1.0], "t3_attacks": []},
+            "'slerp' leaves the release out at every coefficient given; add others to",
+        ),
+        (
+            {"attacks": ["slerp"], "coefficients": [0.2, 0.5], "budget": 3, "t3_attacks": []},
+            "attacker.budget=3 does not cover the grid of 'slerp', which has 4 mixtures; raise it",
+        ),
+    ],
+)
+def test_a_grid_with_nothing_to_choose_from_is_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        plan(**spec)
+    if "budget" in spec:
+        assert plan(**{**spec, "budget": 4}) is None
+
+
+@pytest.mark.parametrize("name", ["quick", "standard-v1"])
+def test_every_suite_can_be_carried_out(name):
+    assert plan(suite=name) is None
+    assert plan(suite=name, models=2) is None
+
+
+def test_a_quick_audit_takes_at_most_400_evaluations():
+    arena = Table(drawn(0, 30), partners=3, relabel_rows=[10, 30], suite="quick")
+    arena.members[CONTROL] = arena.members[RELEASE]
+    for side in (RELEASE, CONTROL):
+        attacker = Attacker(arena, side)
+        for name in arena.spec.attacker.attacks:
+            list(attacker.shared(name))
+        for name in arena.spec.attacker.t3_attacks:
+            list(attacker.per_model(name))
+    assert arena.evaluations < 360  # the references come on top

@@ -7,7 +7,8 @@ import pytest
 
 from reporting.samples import build_report
 from trap2.auditing.checks import CHECKS, raised
-from trap2.schema import Evidence, Flag, Report, ScalePoint
+from trap2.auditing.combine import CODE, TITLE
+from trap2.schema import Evidence, Flag, Report, ScalePoint, Thresholds
 
 DOCS = Path(__file__).parents[2] / "docs" / "flags.md"
 
@@ -135,6 +136,11 @@ RAISED = [
         "measures 44.0 points",
     ),
     (
+        "T009",
+        tiers(sound(), T2={"interval": (0.5, 0.95)}, T3={"interval": (0.5, 0.9)}),
+        "the 95 % interval of unmergeability reaches from 50.0 % to 95.0 % in T2",
+    ),
+    (
         "T010",
         chosen({"c[release]": 2.0, "density": 0.2}, {"c[control]": 0.5, "density": 0.1}, "ties"),
         "the attacker chose the largest or the smallest it tried: ties coefficient=2 (release), "
@@ -166,6 +172,13 @@ NOT_RAISED = [
     ("T003", sound()),
     ("T004", tiers(sound(), T1={"control_unmergeability": 0.7})),
     ("T004", tiers(sound(), T1={"control_unmergeability": None})),
+    (
+        "T004",
+        changed(
+            tiers(sound(), T1={"control_unmergeability": 0.8}),
+            thresholds=Thresholds(mergeable=0.2),
+        ),
+    ),
     ("T005", changed(sound(), release={"has_control": False})),
     (
         "T006",
@@ -182,6 +195,8 @@ NOT_RAISED = [
     ("T008", tiers(sound(), T1={"unmergeability": 0.98}, T2={"unmergeability": 0.8})),
     ("T008", changed(sound(), tiers={"T2": sound().tiers["T2"]})),
     ("T009", changed(sound(), rows={"validation": 121, "test": 500})),
+    ("T009", tiers(sound(), T1={"interval": (0.6, 1.0)})),
+    ("T009", changed(tiers(sound(), T1={"interval": (0.0, 1.0)}), references={"base": 0.95})),
     ("T010", chosen({"c[release]": 0.0, "density": 1.0}, {"c[control]": 1.0}, "ties")),
     ("T010", chosen({"c[release]": 2.0}, {"c[control]": 2.0}, "ties", tier="T3")),
     ("T010", chosen({"c[release]": 2.0}, {}, "ties", admissible=False)),
@@ -215,7 +230,8 @@ def test_every_check_is_tested_both_ways():
 def test_every_flag_has_its_entry_in_the_docs_and_every_entry_its_flag():
     entries = re.split(r"^## ", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     told = dict(entry.split("\n", 1) for entry in entries)
-    assert list(told) == [f"{code}: {CHECKS.get(code).title}" for code in CHECKS]
+    titles = {code: CHECKS.get(code).title for code in CHECKS} | {CODE: TITLE}
+    assert list(told) == [f"{code}: {title}" for code, title in titles.items()]
     for entry in told.values():
         parts = re.findall(r"^\*(Raised if|Means|Do)\* \S", entry, flags=re.MULTILINE)
         assert parts == ["Raised if", "Means", "Do"]

@@ -11,7 +11,7 @@ from trap2.attacks.attack import load_attacks
 from trap2.auditing import evidence
 from trap2.auditing.arena import Arena
 from trap2.auditing.attacker import tried
-from trap2.auditing.evidence import differences, gather, release_record
+from trap2.auditing.evidence import differences, gather, recipe_of, release_record
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec, AuditSpec
 
@@ -55,6 +55,17 @@ def test_the_floors_of_partners_are_measured(reports, arenas, kind):
 def test_recipes_are_compared_key_by_key(changes, keys):
     control = {**PLAIN, "recipe": {**PLAIN["recipe"], **changes}}
     assert differences({"recipe": RECIPE}, control) == keys
+
+
+def test_a_recipe_is_kept_by_key_and_as_words():
+    assert recipe_of({"recipe": RECIPE}) == {
+        "base": '"b"',
+        "task.name": '"t"',
+        "trap2.strength": "0.3",
+        "seed": "0",
+    }
+    assert recipe_of({"recipe": {"x": float("nan"), "y": None}}) == {"x": "NaN", "y": "null"}
+    assert recipe_of({"recipe": "none"}) == recipe_of({}) == {}
 
 
 def test_a_control_with_a_trap_is_none():

@@ -7,6 +7,7 @@ from trap2.attacks.attack import load_attacks, merge
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Mixture
 from trap2.auditing.attacker import Attacker
 from trap2.auditing.audit import audit
+from trap2.auditing.ledger import Ledger
 from trap2.recipes import AuditSpec
 
 NAMES = [name for name in load_attacks() if load_attacks().get(name).needs_data]
@@ -89,18 +90,58 @@ def test_the_attacker_reads_such_merges_raw_and_re_labelled(arenas):
     assert [(tier, rows) for tier, rows, _ in found] == [("T4", 0), ("T4", 6), ("T4", 20)]
 
 
+def sees(shelf, **changes) -> AuditSpec:
+    settings = {
+        "attacks": ["task_arithmetic"],
+        "t3_attacks": [],
+        "data_attacks": ["fisher", "regmean"],
+        "coefficients": [0.0, 1.0],
+        "grids": {"regmean": {"alpha": [0.9]}},
+        "unlabelled_rows": 8,
+        "relabel_rows": [6],
+    }
+    return AuditSpec.model_validate(shelf.audit("lora", **{**settings, **changes}))
+
+
+def test_a_merge_is_made_again_only_if_the_ledger_lacks_a_reading_of_it(
+    shelf, tmp_path, monkeypatch
+):
+    def read(spec) -> list[list[float]]:
+        arena = Arena(spec, ledger=ledger)
+        logits = [
+            arena.evaluate(mixed, member, split).logits.flatten().tolist()
+            for member in (RELEASE, "b")
+            for split in ("validation", "test")
+        ]
+        assert arena.evaluations == 4
+        return logits
+
+    made, real = [], Arena._merged
+    monkeypatch.setattr(Arena, "_merged", lambda self, m: made.append(m) or real(self, m))
+    mixed = mixture("regmean", (RELEASE, "b"), 0.6)
+    with Ledger(tmp_path) as ledger:
+        first = read(sees(shelf))
+        assert read(sees(shelf)) == first
+        assert made == [mixed]
+        with ledger._open() as database:
+            database.execute("DELETE FROM evaluations WHERE rowid = 3")
+        assert read(sees(shelf)) == first
+        assert made == [mixed] * 2
+        assert read(sees(shelf, unlabelled_rows=5)) != first
+        assert made == [mixed] * 3
+
+
+def test_an_audit_with_a_ledger_ends_in_the_same_record(shelf, tmp_path):
+    spec = sees(shelf, recovery=["probe"], recovery_rows=[6], recovery_steps=[1])
+    with Ledger(tmp_path) as ledger:
+        records = [audit(spec, ledger=known) for known in (None, ledger, ledger)]
+    times = {"created", "seconds"}
+    first, *others = [record.model_dump_json(exclude=times) for record in records]
+    assert others == [first] * 2
+
+
 def test_an_audit_with_such_attacks_records_tier_and_rows(shelf):
-    settings = shelf.audit(
-        "lora",
-        attacks=["task_arithmetic"],
-        t3_attacks=[],
-        data_attacks=["fisher", "regmean"],
-        coefficients=[0.0, 1.0],
-        grids={"regmean": {"alpha": [0.9]}},
-        unlabelled_rows=8,
-        relabel_rows=[6],
-    )
-    report = audit(AuditSpec.model_validate(settings))
+    report = audit(sees(shelf))
     assert list(report.tiers) == ["T1", "T2", "T4"]
     assert [(a.name, a.relabel_rows) for a in report.attacks if a.tier == "T4"] == [
         *(("fisher", 0), ("fisher", 6), ("regmean", 0), ("regmean", 6))
@@ -109,3 +150,6 @@ def test_an_audit_with_such_attacks_records_tier_and_rows(shelf):
     assert report.settings["unlabelled_rows"] == 8
     assert report.evidence.grids["regmean"] == {"coefficient": [0.0, 1.0], "alpha": [0.9]}
     assert "T4 " in report.verdict
+    assert report.tiers["T4"].interval is not None
+    for attack in report.attacks:
+        assert attack.interval[0] <= attack.retained <= attack.interval[1]

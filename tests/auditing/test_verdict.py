@@ -3,7 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from reporting.samples import build_report
 from trap2.auditing.verdict import (
     LIMITS,
     UNTESTED,
@@ -12,9 +14,10 @@ from trap2.auditing.verdict import (
     retained_skill,
     sentence,
     tier_results,
+    unmet,
     word,
 )
-from trap2.schema import AttackResult, References
+from trap2.schema import AttackResult, References, Thresholds
 
 FRACTIONS = st.floats(0, 1)
 
@@ -107,22 +110,117 @@ def test_the_first_of_equally_bad_attacks_is_named():
 
 
 @pytest.mark.parametrize(
-    ("unmergeability", "control", "skill", "expected"),
+    ("low", "high", "control", "skill", "expected"),
     [
-        (0.80, 0.1, True, "holds"),
-        (0.79, 0.1, True, "leaks"),
-        (0.20, 0.1, True, "leaks"),
-        (0.19, 0.1, True, "broken"),
-        (1.00, 0.7, True, "holds"),
-        (1.00, 0.71, True, "nothing to protect"),
-        (0.00, 0.71, True, "nothing to protect"),
-        (1.00, None, True, "holds"),
-        (1.00, 0.1, False, "nothing to protect"),
-        (1.00, None, False, "nothing to protect"),
+        (0.80, 1.00, 0.1, True, "holds"),
+        (0.79, 1.00, 0.1, True, "inconclusive"),
+        (0.79, 0.79, 0.1, True, "leaks"),
+        (0.20, 0.79, 0.1, True, "leaks"),
+        (0.20, 0.80, 0.1, True, "inconclusive"),
+        (0.19, 0.79, 0.1, True, "inconclusive"),
+        (0.00, 0.19, 0.1, True, "broken"),
+        (0.00, 0.20, 0.1, True, "inconclusive"),
+        (0.00, 1.00, 0.1, True, "inconclusive"),
+        (1.00, 1.00, 0.7, True, "holds"),
+        (1.00, 1.00, 0.71, True, "nothing to protect"),
+        (0.00, 1.00, 0.71, True, "nothing to protect"),
+        (1.00, 1.00, None, True, "holds"),
+        (1.00, 1.00, 0.1, False, "nothing to protect"),
+        (0.00, 1.00, None, False, "nothing to protect"),
     ],
 )
-def test_one_word_for_each_tier(unmergeability, control, skill, expected):
-    assert word(unmergeability, control, skill) == expected
+def test_one_word_for_each_tier_on_which_both_ends_agree(low, high, control, skill, expected):
+    assert word((low, high), control, skill, Thresholds()) == expected
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [
+        ({"holds": 0.5}, "holds"),
+        ({"holds": 0.5, "broken": 0.5}, "holds"),
+        ({"broken": 0.7}, "broken"),
+        ({"mergeable": 0.91}, "nothing to protect"),
+    ],
+)
+def test_the_words_begin_where_the_audit_says(thresholds, expected):
+    assert word((0.5, 0.6), 0.1, True, Thresholds(**thresholds)) == expected
+
+
+def test_thresholds_are_in_order():
+    with pytest.raises(ValidationError, match=r"broken=0.6 is above holds=0.5; lower it"):
+        Thresholds(holds=0.5, broken=0.6)
+
+
+@given(FRACTIONS, FRACTIONS, FRACTIONS, FRACTIONS)
+def test_a_narrower_interval_never_takes_a_word_back(low, high, holds, broken):
+    low, high = sorted((low, high))
+    thresholds = Thresholds(holds=max(holds, broken), broken=min(holds, broken))
+    whole = word((low, high), None, True, thresholds)
+    for inside in (low, (low + high) / 2, high):
+        narrow = word((inside, inside), None, True, thresholds)
+        assert narrow != "inconclusive"
+        assert whole in (narrow, "inconclusive")
+
+
+def test_the_intervals_of_a_tier_decide_its_word_and_are_told():
+    spreads = {"T1": ((0.75, 0.95), (0.02, 0.2)), "T2": ((0.81, 0.9), None)}
+    attacks = [result("T1", 0.15), result("T2", 0.15, rows=30)]
+    tiers = tier_results(attacks, references(), Thresholds(), spreads)
+    assert [t.verdict for t in tiers.values()] == ["inconclusive", "holds"]
+    assert (tiers["T1"].interval, tiers["T1"].control_interval) == spreads["T1"]
+    assert (tiers["T2"].interval, tiers["T2"].control_interval) == spreads["T2"]
+    said = sentence(references(), 0.02, tiers)
+    assert "keeps 15 % of the skill (95 % interval 5 to 25 %), of the control's 90 %" in said
+    assert said.endswith(
+        "Words are of the whole interval: holds from an unmergeability of 80 % up, "
+        "broken under 20 %, leaks between, inconclusive across."
+    )
+    other = sentence(references(), 0.02, tiers, Thresholds(holds=0.95, broken=0.5))
+    assert "unmergeability of 95 % up, broken under 50 %, leaks between" in other
+
+
+def test_a_tier_without_an_interval_is_no_surer_than_those_it_includes():
+    attacks = [result("T4", 0.15), result("T5", 0.15)]
+    for low, expected in ((0.75, "inconclusive"), (0.82, "holds")):
+        spreads = {"T4": ((low, 0.95), None)}
+        tiers = tier_results(attacks, references(), Thresholds(), spreads)
+        assert tiers["T5"].verdict == expected
+        assert tiers["T5"].interval is None
+    worse = tier_results([attacks[0], result("T5", 0.9)], references(), Thresholds(), spreads)
+    assert worse["T5"].verdict == "broken"
+
+
+def report_of(tiers):
+    return build_report().model_copy(update={"tiers": tiers})
+
+
+REQUIRED = [
+    ({"T1": 0.8}, []),
+    ({}, []),
+    (
+        {"T1": 0.81, "T2": 0.8},
+        [
+            "T1 has unmergeability 0.850, lower end of its 95 % interval 0.800, 0.81 is required",
+            "T2 has unmergeability 0.750, no interval, 0.8 is required",
+        ],
+    ),
+    ({"T3": 0}, ["T3 was not tested, 0 is required"]),
+]
+
+
+@pytest.mark.parametrize(("required", "reasons"), REQUIRED)
+def test_what_is_required_is_required_of_the_lower_end(required, reasons):
+    attacks = [result("T1", 0.15), result("T2", 0.25, rows=30)]
+    report = report_of(
+        tier_results(attacks, references(), Thresholds(), {"T1": ((0.8, 0.9), (0.0, 0.2))})
+    )
+    assert unmet(report, required) == reasons
+
+
+def test_where_there_is_nothing_to_protect_nothing_is_met():
+    report = report_of(tier_results([result("T1", 0.0, control=0.1)], references()))
+    assert report.tiers["T1"].unmergeability == 1
+    assert unmet(report, {"T1": 0.5}) == ["T1 has nothing to protect, 0.5 is required"]
 
 
 def test_a_release_that_is_no_better_than_its_base_has_nothing_to_protect():

@@ -15,6 +15,7 @@ from trap2.cli import main
 from trap2.demo import run
 from trap2.demo.docstrings import TASKS
 from trap2.errors import UserError
+from trap2.files import LEDGER
 from trap2.schema import Report
 
 NAMES = ("library", "topic", "section-control", "section")
@@ -52,7 +53,7 @@ def test_the_short_demo_runs_and_keeps_what_is_finished(small, tmp_path, capsys)
     assert all(f"{step}/4 " in shown for step in (1, 2, 3, 4))
     assert "too few steps and rows for its numbers to mean anything" in shown
     assert "kept from an earlier run" not in shown
-    made = {"audit.yaml", "data", "recipes", "releases"}
+    made = {LEDGER, "audit.yaml", "data", "recipes", "releases"}
     assert {p.name for p in out.iterdir()} == made | {
         f"report.{s}" for s in ("html", "json", "png")
     }

@@ -37,6 +37,21 @@ def test_rows_keep_shape_and_type(dtype: torch.dtype, tail: list[int], rows: int
     assert torch.equal(part, tensor[: math.ceil(rows / 2)])
 
 
+@given(st.integers(1, 9), st.floats(0.01, 1.0), st.integers(1, 4))
+def test_pairs_stay_together(pairs: int, fraction: float, n: int) -> None:
+    """All the chosen rows, then all the rejected ones; and something with one entry per pair."""
+    chosen = torch.arange(pairs)
+    batch = {"ids": torch.cat([chosen, chosen + 100])[:, None], "margin": chosen * 10}
+    seen = []
+    for part in range(n):
+        sliced = part_of(batch, fraction, part, n, stacked=2)
+        first, second = sliced["ids"][:, 0].chunk(2)
+        assert torch.equal(second, first + 100)
+        assert torch.equal(sliced["margin"], first * 10)
+        seen += first.tolist()
+    assert set(seen) == set(range(math.ceil(fraction * pairs)))
+
+
 def test_what_is_not_a_tensor_of_rows_is_passed_on_whole() -> None:
     table, flag = torch.ones(3), torch.tensor(5)
     batch = {"names": ["a", "b"], "x": torch.ones(4, 2), "table": table, "flag": flag, "k": None}

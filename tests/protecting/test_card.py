@@ -40,8 +40,17 @@ def test_the_card_states_numbers_method_and_limits() -> None:
     assert "arXiv 2601.21898" in card
 
 
+def test_the_card_does_not_say_where_a_local_base_lies() -> None:
+    local = record()
+    local["recipe"]["base"] = "/home/me/models/some_base"
+    card = model_card(local)
+    assert "lora fine-tune of some\\_base for" in card
+    assert "/home" not in card
+
+
 def test_a_protected_card_does_not_claim_that_merges_fail() -> None:
     assert "**Whether merges fail is not claimed here**" in model_card(record())
+    assert "stands at the end of this card, put there by `trap2 card`" in model_card(record())
 
 
 def test_a_control_claims_nothing() -> None:

@@ -90,12 +90,12 @@ def test_the_draws_close_in_on_scale_1_after_the_ramp() -> None:
 
 
 def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:
-    paper = Trap2Config.paper()
+    paper = Trap2Config.preset("paper")
     assert (paper.strength, paper.loss, paper.readout_weight) == (0.01, "ascent", 0.0)
     assert (paper.low, paper.high, paper.band, paper.weighting) == (0.05, 2.0, 0.05, "inverse")
     assert paper.law_at(0).focus == paper.law_at(10_000).focus == 0.0  # a uniform law
     assert (paper.fraction, paper.scales_per_step, paper.strength_at(0)) == (1.0, 1, 0.01)
-    assert Trap2Config.paper(strength=0.1, scale_seed=4) == Trap2Config.paper(
-        scale_seed=4, strength=0.1
+    assert Trap2Config.preset("paper", strength=0.1, scale_seed=4) == Trap2Config.preset(
+        "paper", scale_seed=4, strength=0.1
     )
-    assert Trap2Config.paper(low=0.1).low == 0.1
+    assert Trap2Config.preset("paper", low=0.1).low == 0.1

@@ -15,7 +15,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
 
 
 def bert(dropout: float = 0.0) -> nn.Module:
@@ -320,7 +320,7 @@ def test_a_model_without_logits_can_be_protected_with_hinge() -> None:
     protector.backward(batch)
     assert protector.last is not None
     assert protector.last.trap is not None
-    with pytest.raises(UserError, match="use loss=hinge"):
+    with pytest.raises(UserError, match="use loss=hinge with readout_weight=0"):
         Protector(model, DECOY, forward=regression).backward(batch)
 
 

@@ -237,6 +237,7 @@ def test_the_record_tells_how_a_release_was_made(releases: Any, head: str, metho
     assert record["digests"]["base"] == Checkpoint(recipe.base).digest
     weights = {p.name: file_digest(p) for p in out.glob("*.safetensors")}
     assert record["digests"]["files"] == weights
+    assert record["dropped_traps"] == 0
     validation = record["validation"]
     assert validation["rows"] == len(trained.labels)
     assert validation["chosen"] in validation["history"]

@@ -183,6 +183,7 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
         weighting="inverse",
         readout_weight=0.5 if loss == "decoy" else 0.0,
         fraction=0.75,
+        memory=0,
         scales_per_step=2,
         warmup=0,
         ramp=0,
@@ -201,7 +202,7 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
 @pytest.mark.parametrize("name", ["bert lora", "bert full"])
 def test_the_paper_preset_is_the_papers_formula(name: str) -> None:
     case = Case(name)
-    protector = Protector(case.model, Trap2Config.paper(scale_seed=9))
+    protector = Protector(case.model, Trap2Config.preset("paper", scale_seed=9))
     case.moved()
     protector.backward(case.batch)
     assert protector.last is not None
@@ -234,7 +235,7 @@ def test_a_step_records_what_it_did() -> None:
     model, update = tiny()
     seen: list[tuple[int, float]] = []
 
-    def scaled(part: int, factor: float) -> Tensor:
+    def scaled(part: int, s: float, factor: float) -> Tensor:
         seen.append((part, factor))
         return model.weight.sum() * 0 + float(part)
 
@@ -264,7 +265,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_weights_in_place(bad: float, w
     losses = losses if what == "nominal loss" else losses[::-1]
     with pytest.raises(TrainingStopped) as caught:
         trap_step(
-            lambda: losses[0], lambda part, factor: losses[1], update=update, config=ALWAYS, step=7
+            lambda: losses[0],
+            lambda *_: losses[1],
+            update=update,
+            config=ALWAYS,
+            step=7,
         )
     assert str(caught.value) == (
         f"{what} is {bad} at step 7; training stopped before the weights took it: "
@@ -284,7 +289,7 @@ def test_the_scaled_pass_replays_the_nominal_passes_randomness() -> None:
 
     config = Trap2Config(scales_per_step=2, warmup=0, ramp=0)
     torch.manual_seed(3)
-    trap_step(draw, lambda part, factor: draw(), update=update, config=config, step=0)
+    trap_step(draw, lambda *_: draw(), update=update, config=config, step=0)
     after = torch.get_rng_state()
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])

@@ -20,9 +20,9 @@ from transformers import (
 from trap2.errors import TrainingStopped, Unsupported
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.protector import Protector
-from trap2.protecting.trainer import protect_trainer
+from trap2.protecting.trainer import GENERATING, protect_trainer
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
 OFF = Trap2Config(strength=0.0)
 
 
@@ -205,14 +205,14 @@ ACCUMULATING = {
     "the model counts items, paper": (
         llama,
         {},
-        Trap2Config.paper(strength=0.5),
+        Trap2Config.preset("paper", strength=0.5),
         1e-5,
     ),
     "the head ignores the count": (bert, {}, DECOY, 1e-9),
     "the head ignores the count, ascent": (
         lora,
         {},
-        Trap2Config(loss="ascent", readout_weight=0.0, warmup=0, ramp=0),
+        Trap2Config(loss="ascent", readout_weight=0.0, fraction=1.0, warmup=0, ramp=0),
         1e-9,
     ),
 }
@@ -298,14 +298,14 @@ def test_a_broken_loss_stops_training_before_the_weights_take_it(tmp_path: Path)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
-@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
+@pytest.mark.parametrize("name", GENERATING)
 def test_trainers_that_generate_their_batches_are_refused(name: str) -> None:
     generating = type(name, (), {})
     for refused in (generating, type("Mine", (generating,), {})):
         with pytest.raises(Unsupported) as caught:
             protect_trainer(refused)
         assert str(caught.value) == (
-            f"{name} counts generated batches in training_step, which protection runs twice; "
+            f"{name} generates its batches in training_step, which protection runs twice; "
             "protect the supervised stage that follows instead"
         )
 
@@ -314,3 +314,18 @@ def test_the_protected_class_is_a_named_subclass() -> None:
     protected = protect_trainer(Trainer)
     assert issubclass(protected, Trainer)
     assert protected.__name__ == "ProtectedTrainer"
+
+
+@pytest.mark.parametrize("switch", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_trainer_that_shards_by_itself_is_refused(switch: str, tmp_path: Path) -> None:
+    class Sharding(Trainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            setattr(self, switch, True)
+
+    with pytest.raises(Unsupported) as caught:
+        protect_trainer(Sharding)(model=bert(), args=arguments(tmp_path))
+    assert str(caught.value) == (
+        "the trainer shards the model by itself (FSDP or DeepSpeed) after protection has taken "
+        "note of its parameters; use a loop with Protector, made after fully_shard"
+    )

@@ -20,6 +20,11 @@ PROTECTED = (0.49, 0.021, 0.017, 0.018, 0.83, 0.95, 0.905, 0.045, 0.018)
 PLAIN = (0.56, 0.71, 0.893, 0.942, 0.953, 0.956, 0.957, 0.96, 0.955)
 PARTNERS = {"sst2": 0.828, "agnews": 0.892, "subj": 0.93}
 ROWS = (30, 300)
+HOSTILE = (
+    "<script>alert(1)</script>\"><img src=x onerror=alert(2)> '$x_1$ `a`|*b* \x1b[31m\r\n"
+    "\u202eevil \u05e9 --> " + "A" * 10_000
+)
+"""A name that tries to be markup, maths, a terminal's command, and to run the other way."""
 
 
 def build_report(
@@ -72,6 +77,36 @@ def build_report(
         rows={"validation": 300, "test": 500},
         created="2025-01-31T12:00:00+00:00",
         seconds=412.6,
+    )
+
+
+def with_intervals(report: Report) -> Report:
+    """The same record with an interval around everything that can have one."""
+
+    def around(value: float | None, by: float = 0.05) -> tuple[float, float] | None:
+        return None if value is None else (max(0.0, value - by), min(1.0, value + by))
+
+    tiers = {
+        tier: result.model_copy(
+            update={
+                "interval": around(result.unmergeability),
+                "control_interval": around(result.control_unmergeability),
+            }
+        )
+        for tier, result in report.tiers.items()
+    }
+    attacks = [
+        attack.model_copy(
+            update={
+                "interval": around(attack.retained),
+                "control_interval": around(attack.control_retained),
+            }
+        )
+        for attack in report.attacks
+    ]
+    cost = None if report.utility_cost is None else (-0.014, 0.026)
+    return report.model_copy(
+        update={"tiers": tiers, "attacks": attacks, "utility_cost_interval": cost}
     )
 
 

@@ -1,17 +1,16 @@
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 
 import pytest
-from samples import build_report
+from samples import HOSTILE, build_report, with_intervals
 
 from trap2.errors import UserError
 from trap2.reporting import html
 from trap2.schema import Flag
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-HOSTILE = (
-    "<script>alert(1)</script>\"><img src=x onerror=alert(2)> '\u202eevil \u05e9 " + "A" * 10_000
-)
 
 
 class Page(HTMLParser):
@@ -59,7 +58,20 @@ def test_page_is_whole_and_loads_nothing(report):
     shown = html.render(report)
     page = Page(shown)
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "img", "iframe", "link", "object", "embed", "image"}
+    assert not names & {"img", "iframe", "link", "object", "embed", "image"}
+    assert page.all("script") == [{}]
+    (script,) = re.findall(r"<script>(.*?)</script>", shown, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs]
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{digest}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert len(shown) < 500_000
     for _, attrs in page.tags:
         assert not [name for name in attrs if name.startswith("on")]
         for name in ("src", "href", "xlink:href", "action", "data"):
@@ -78,18 +90,23 @@ def test_page_can_be_read_without_seeing_it(report):
     assert [tag for tag, _ in page.tags if re.fullmatch(r"h\d", tag)][:2] == ["h1", "h2"]
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(attrs.get("scope") in ("row", "col") for attrs in page.all("th"))
-    assert all(attrs.get("aria-label") for attrs in page.all("svg"))
+    for attrs in page.all("svg"):
+        assert attrs["role"] == "img"
+        assert set(attrs["aria-labelledby"].split()) <= {a.get("id") for _, a in page.tags}
+    assert ("a", {"class": "skip", "href": "#main"}) in page.tags
+    assert page.all("main") == [{"id": "main"}]
     used = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(used) == len(set(used))
-    labels = [attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs]
-    assert set(labels) <= set(used)
+    labels = [attrs.get("aria-labelledby", "") for _, attrs in page.tags]
+    assert set(" ".join(labels).split()) <= set(used)
 
 
 def test_verdict_and_what_is_not_claimed_come_first():
     report = build_report()
     shown = html.render(report)
-    order = [report.verdict, "Not claimed", "Key numbers", "<svg", "Unmergeability by attacker"]
-    order += ["Raw and re-labelled", "Attacks, tuned", 'id="frontier"', ">Limits<", ">Provenance<"]
+    order = [report.verdict, "Not claimed", "Key numbers", "Unmergeability by attacker", "<svg"]
+    order += ["Accuracy and loss against scale", "Raw and re-labelled", "Attacks, tuned"]
+    order += ['id="figure-frontier"', ">Limits<", ">What was run, with what, and how long<"]
     places = [shown.index(words) for words in order]
     assert places == sorted(places)
 
@@ -106,7 +123,7 @@ def test_flags_stand_under_the_verdict_and_are_words_alone():
     order += ["without it, nothing", "T013 <script>alert(1)", "docs/flags.md", "Key numbers"]
     places = [words.index(part) for part in order]
     assert places == sorted(places)
-    assert "<script" not in shown
+    assert shown.count("<script") == 1
     assert "\u202e" not in shown
     assert "A" * 101 not in shown
     assert "Reasons to doubt" not in html.render(build_report())
@@ -128,12 +145,35 @@ def test_numbers_are_the_records():
 
 def test_hostile_names_are_words_and_nothing_else():
     shown = html.render(build_report(name=HOSTILE, partners={HOSTILE: 0.9}))
-    assert "<script" not in shown
+    assert shown.count("<script") == 1  # our own
     assert "<img" not in shown
     assert "\u202e" not in shown
     assert "A" * 101 not in shown
     assert "<bdi>&lt;script&gt;alert(1)&lt;/script&gt;" in shown
     assert "…" in shown
+
+
+def test_intervals_stand_beside_the_numbers():
+    words = " ".join(" ".join(Page(html.render(with_intervals(build_report()))).words).split())
+    assert "0.6 points 95 % interval -1.4 to 2.6" in words
+    assert "Unmergeability, T3 58.8% 95 % interval 53.8 to 63.8 control 2.0% leaks" in words
+    assert "95 % interval" not in html.render(build_report())
+
+
+def test_what_holds_only_because_partners_matter_says_so():
+    report = build_report()
+    ignored = {"T1": report.tiers["T1"].model_copy(update={"partners_ignored": 0.9})}
+    words = " ".join(Page(html.render(report.model_copy(update={"tiers": ignored}))).words)
+    assert "Unmergeability, T1 100.0% control 3.3% 10.0% if partners do not matter holds" in (
+        " ".join(words.split())
+    )
+
+
+def test_a_tier_can_be_inconclusive():
+    report = build_report()
+    tiers = {"T1": report.tiers["T1"].model_copy(update={"verdict": "inconclusive"})}
+    shown = html.render(report.model_copy(update={"tiers": tiers}))
+    assert '<span class="word inconclusive">inconclusive</span>' in shown
 
 
 def test_same_record_same_page():

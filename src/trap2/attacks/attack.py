@@ -38,6 +38,7 @@ BUILT_IN = (
     *("task_arithmetic", "ties", "ties_sum", "dare", "della", "breadcrumbs"),
     *("slerp", "karcher", "model_stock"),
     *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
+    *("dare_linear", "nuslerp", "lines", "layer_groups", "equal_norms", "consensus", "pcb", "wudi"),
     *("transforms",),
     *("regmean", "regmean_pp", "chain_of_merges", "fisher", "adamerging", "prodistill", "distac"),
 )
@@ -93,6 +94,12 @@ class Attack:
     spread: Callable[[float, int], tuple[float, ...]] = equal
     needs_data: bool = False
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the function takes beside updates, coefficients and what is tuned."""
+        keywords = _keywords(self.function)
+        return tuple(name for name in keywords if name not in self.grid)
+
     def settings(self) -> Iterator[dict[str, Setting]]:
         """Every combination of the hyper-parameters in the grid; one empty one if there are none.
 
@@ -140,8 +147,7 @@ def attack(
     """
 
     def register(function: F) -> F:
-        parameters = signature(function).parameters.values()
-        keywords = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+        keywords = _keywords(function)
         _check_schema(name, [k for k in keywords if k not in NOT_TUNED], grid, tiers)
         entry = Attack(
             name=name,
@@ -159,6 +165,11 @@ def attack(
         return function
 
     return register
+
+
+def _keywords(function: Callable[..., Merged]) -> list[str]:
+    parameters = signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
 
 
 def _check_schema(

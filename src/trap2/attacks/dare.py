@@ -44,14 +44,36 @@ def dare_ties(
     Raises:
         UserError: The drop is not in [0, 1).
     """
+    for name, kept in dropped(updates, drop, seed):
+        yield name, elect_and_average(kept, coefficients)
+
+
+def dropped(
+    updates: Sequence[TaskVector], drop: float, seed: int
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """What the drop leaves of the updates, the D_i above, tensor by tensor.
+
+    Args:
+        updates: One task vector per model.
+        drop: Chance that an entry is dropped, 0 <= drop < 1.
+        seed: Seed of the masks.
+
+    Yields:
+        (base tensor name, [D_1, D_2, ...]).
+
+    Raises:
+        UserError: The drop is not in [0, 1).
+    """
     if not 0 <= drop < 1:
         raise UserError(f"drop={drop} leaves nothing to rescale; use 0 <= drop < 1, such as 0.9")
     for name, deltas in by_tensor(updates):
-        kept = [
-            delta * keep_mask(delta, drop, f"{seed} {index} {name}") / (1 - drop)
-            for index, delta in enumerate(deltas)
-        ]
-        yield name, elect_and_average(kept, coefficients)
+        yield (
+            name,
+            [
+                delta * keep_mask(delta, drop, f"{seed} {index} {name}") / (1 - drop)
+                for index, delta in enumerate(deltas)
+            ],
+        )
 
 
 def keep_mask(delta: Tensor, drop: float | Tensor, key: str) -> Tensor:

@@ -14,7 +14,7 @@ COLINEAR = 0.9995
 """|cos| above which the arc is a chord to float precision; mergekit's threshold."""
 
 
-def _ends(t: float, count: int) -> tuple[float, ...]:
+def ends(t: float, count: int) -> tuple[float, ...]:
     """The two coefficients 1 - t and t; `count` is 2."""
     return (1 - t, t)
 
@@ -25,7 +25,7 @@ def _ends(t: float, count: int) -> tuple[float, ...]:
     tiers=("T1", "T2"),
     models=(2, 2),
     coefficients=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    spread=_ends,
+    spread=ends,
 )
 def slerp(
     updates: Sequence[TaskVector], coefficients: Sequence[float], *, base: Mapping[str, Tensor]

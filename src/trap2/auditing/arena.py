@@ -6,9 +6,9 @@ released head, as its users would.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,10 @@ from trap2.attacks.attack import load_attacks, merge
 from trap2.attacks.live import LiveModel
 from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector
+from trap2.auditing.contents import Contents
+from trap2.auditing.ledger import Ledger
+from trap2.auditing.mixture import Mixture as Mixture
+from trap2.auditing.mixture import Split as Split
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
@@ -34,24 +38,10 @@ TAKEN = ("base", RELEASE, CONTROL)
 HELD_PARAMETERS = 250_000_000
 """Updates up to this size (1 GB in float32) are kept in memory; larger ones are read each time."""
 
-Split = Literal["validation", "test"]
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """One merge: who takes part, at which coefficients, by which attack."""
-
-    attack: str
-    members: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    params: tuple[tuple[str, float], ...] = ()
-
-    def coefficient_of(self, member: str) -> float:
-        """The coefficient of one member, 0 if it takes no part."""
-        if member not in self.members:
-            return 0.0
-        return self.coefficients[self.members.index(member)]
+Reading: TypeAlias = tuple[str, Split]
+"""Whose task is read off a merge, and on which rows."""
 
 
 class Member:
@@ -61,6 +51,7 @@ class Member:
         task: Its task.
         update: What it changes.
         vector: The same, as the attacks take it.
+        rows: Its task's rows of each split.
         evaluators: Its task's rows in front of the encoder under its own head.
     """
 
@@ -80,23 +71,30 @@ class Member:
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
         load_head(model, self.update.head, path)
+        self.rows = {
+            split: load_rows(task, split, seed).first(count) for split, count in rows.items()
+        }
         self.evaluators = {
-            split: Evaluator(model, inputs, load_rows(task, split, seed).first(count))
-            for split, count in rows.items()
+            split: Evaluator(model, inputs, found) for split, found in self.rows.items()
         }
 
 
 class Arena:
     """The base, the two sides and the partners of one audit.
 
-    Evaluations are remembered: the same mixture on the same rows is never run twice.
+    Evaluations are remembered: the same mixture on the same rows is never run twice. With a ledger
+    not even in another run; what is found there counts as an evaluation like any other.
 
     Raises:
         UserError: Any input of the audit is not acceptable.
     """
 
-    def __init__(self, spec: AuditSpec, progress: Progress = SILENT) -> None:
-        self.spec, self.progress = spec, progress
+    ledger: Ledger | None = None
+
+    def __init__(
+        self, spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None
+    ) -> None:
+        self.spec, self.progress, self.ledger = spec, progress, ledger
         self.partners = tuple(partner.task.name for partner in spec.partners)
         for name in self.partners:
             if name in TAKEN:
@@ -125,24 +123,27 @@ class Arena:
         self.evaluations = 0
         self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}
         self._memory: dict[tuple[object, ...], object] = {}
+        if ledger is not None:
+            tried = spec.attacker
+            attacks = (*tried.attacks, *tried.t3_attacks, *tried.data_attacks)
+            for change in ledger.outdated(self._contents.places(("task_arithmetic", *attacks))):
+                progress.note(change)
 
     def evaluate(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
         """Evaluate a member's task, with its own head, on the merged encoder."""
         key = (mixture, member, split)
         if key not in self._known:
-            with self._merged(mixture):
-                for name, rows in self._due(mixture, member, split):
-                    self._known[mixture, name, rows] = self.members[name].evaluators[rows]()
-                    self.evaluations += 1
-                    self.progress.tick()
+            for (name, rows), found in self._evaluated(mixture, self._due(mixture, member, split)):
+                self._known[mixture, name, rows] = found
+                self.evaluations += 1
+                self.progress.tick()
         return self._known[key]
 
-    def _due(self, mixture: Mixture, member: str, split: Split) -> list[tuple[str, Split]]:
+    def _due(self, mixture: Mixture, member: str, split: Split) -> list[Reading]:
         """What to evaluate of a merge: where making it is dear, all that may be asked of it."""
         if not load_attacks().get(mixture.attack).needs_data:
             return [(member, split)]
-        splits: tuple[Split, ...] = ("validation", "test")
-        return [(name, rows) for name in mixture.members for rows in splits]
+        return [(name, rows) for name in mixture.members for rows in self.members[name].evaluators]
 
     def is_known(self, mixture: Mixture, member: str, split: Split) -> bool:
         """Whether that evaluation was made already."""
@@ -167,8 +168,49 @@ class Arena:
             lambda: Unlabelled(self.live, rows.model, count, rows.batch),
         )
 
+    def _evaluated(
+        self, mixture: Mixture, due: Sequence[Reading]
+    ) -> Iterator[tuple[Reading, Evaluation]]:
+        """What the ledger holds, and what the model says now, which the ledger then holds.
+
+        The merge is made once for all that the ledger lacks, and not at all if it lacks nothing.
+        """
+        lacking = []
+        for name, split in due:
+            found = self._recorded(mixture, name, split)
+            if found is None:
+                lacking.append((name, split))
+            else:
+                yield (name, split), found
+        if not lacking:
+            return
+        with self._merged(mixture):
+            for name, split in lacking:
+                evaluation = self.members[name].evaluators[split]()
+                if self.ledger is not None:
+                    content = self._contents.of(mixture, name, split)
+                    self.ledger.put(content, evaluation.logits)
+                yield (name, split), evaluation
+
+    def _recorded(self, mixture: Mixture, member: str, split: Split) -> Evaluation | None:
+        """What the ledger holds of an evaluation, if anything."""
+        if self.ledger is None:
+            return None
+        labels = self.members[member].evaluators[split].labels
+        logits = self.ledger.get(self._contents.of(mixture, member, split), len(labels))
+        return None if logits is None else Evaluation(logits, labels)
+
+    @cached_property
+    def _contents(self) -> Contents:
+        contents = Contents(self.base.folder, self.base.digest)
+        unlabelled = self.spec.attacker.unlabelled_rows
+        for name, member in self.members.items():
+            contents.add(name, member.update, member.task, member.rows, unlabelled)
+        return contents
+
     @contextmanager
     def _merged(self, mixture: Mixture) -> Iterator[None]:
+        # Whatever a merge is given here must be in its `Content`, or the ledger mixes things up.
         vectors: Sequence[TaskVector] = [self.members[name].vector for name in mixture.members]
         needs_data = load_attacks().get(mixture.attack).needs_data
         params: dict[str, Any] = dict(mixture.params)

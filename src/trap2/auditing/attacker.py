@@ -7,17 +7,29 @@
 
 It takes the mixture in which the protected task does best among those in which the partner tasks
 keep, on average over partners, a stated share of what the same attack, tuned in the same way,
-reaches without the protected update. Whoever gives that up could use the release alone.
+reaches without the protected update. Whoever gives that up could use the release alone. A mixture
+in which the release has coefficient 0 leaves it out: it is no choice, for it keeps no skill of it.
+
+After the grid the search goes on halfway between the best mixtures and their neighbours (`search`),
+for a number of rounds. What is spent is counted in mixtures and not in seconds: the same attacker
+does the same on every machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from trap2.attacks.attack import DATA_TIER, Attack, equal, load_attacks
+from trap2.attacks.attack import DATA_TIER, equal, load_attacks
 from trap2.auditing.arena import Arena, Mixture
+from trap2.auditing.grid import (
+    check_budget,
+    own_coefficients,
+    settings,
+    shared_coefficients,
+    teams,
+)
+from trap2.auditing.search import PEAKS, halfway, moved, peaks
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
@@ -60,7 +72,7 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
 
     Raises:
         UserError: No attack, an unknown one or an unknown parameter, one that cannot merge so many
-            models, or one for which no coefficient is left.
+            models, one for which no coefficient is left, or one whose grid exceeds the budget.
     """
     attacks = load_attacks()
     if not (spec.attacks or spec.t3_attacks or spec.data_attacks or spec.recovery):
@@ -69,7 +81,7 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
             f"would be tried; known: {', '.join(attacks)}"
         )
     for name, grid in spec.grids.items():
-        _settings(attacks.get(name), grid)
+        settings(attacks.get(name), grid)
     for name in spec.coefficients if isinstance(spec.coefficients, dict) else ():
         attacks.get(name)  # a name without an attack would be ignored
     for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks, *spec.data_attacks]):
@@ -78,11 +90,17 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
                 f"attack '{attack.name}' merges {attack.models[0]} models or more, here are "
                 f"{models}; give more partners, or remove it from the attacks"
             )
-        if not _shared_coefficients(attack, spec):
+        if not shared_coefficients(attack, spec):
             raise UserError(
                 f"attack '{attack.name}' takes coefficients from 0 to 1, and "
                 f"attacker.coefficients has none; add some, or remove it from the attacks"
             )
+        if not any(own_coefficients(attack, spec)):
+            raise UserError(
+                f"attack '{attack.name}' leaves the release out at every coefficient given; "
+                "add others to attacker.coefficients, or remove it from the attacks"
+            )
+        check_budget(attack, spec, models)
     _check_lists(spec)
     for attack in map(attacks.get, spec.t3_attacks):
         if "T3" not in attack.tiers or (attack.models[1] or models) < models:
@@ -109,8 +127,7 @@ def tried(name: str, spec: AttackerSpec) -> dict[str, list[float]]:
     """The values of an attack's T1 and T2 grid, as the record keeps them: see `Evidence.grids`."""
     attack = load_attacks().get(name)
     place = "coefficient" if attack.spread is equal else "place"
-    models = max(2, attack.models[0])
-    shared = [attack.spread(value, models)[0] for value in _shared_coefficients(attack, spec)]
+    shared = own_coefficients(attack, spec)
     given = spec.grids.get(name, {})
     own = {key: given.get(key) or values for key, values in attack.grid.items()}
     return {place: shared} | {
@@ -125,7 +142,7 @@ class Attacker:
 
     arena: Arena
     side: str
-    explored: dict[str, list[Mixture]] = field(default_factory=dict)
+    explored: dict[str, dict[Mixture, None]] = field(default_factory=dict)
 
     @property
     def _spec(self) -> AttackerSpec:
@@ -138,36 +155,63 @@ class Attacker:
             (tier, labelled rows used for re-labelling, catch).
         """
         self.arena.progress.say(f"{name} on the {self.side}, one coefficient")
-        mixtures = self.explored[name] = list(self._grid(name))
+        self._try(name, self._grid(name))
         attack = load_attacks().get(name)
         for rows in (0, *self._spec.relabel_rows):
             tier = DATA_TIER if attack.needs_data else "T2" if rows else "T1"
             if tier in attack.tiers:
-                yield tier, rows, self._best(name, mixtures, rows)
+                self._refine(name, rows)
+                yield tier, rows, self._best(name, rows)
 
     def per_model(self, name: str) -> Iterator[tuple[str, int, Catch]]:
-        """T3 with one attack: coordinate descent from several starts.
+        """T3 with one attack: coordinate descent from several starts, then in smaller steps.
 
         Yields:
             ("T3", labelled rows used for re-labelling, catch).
         """
         self.arena.progress.say(f"{name} on the {self.side}, one coefficient per model")
         rows = max(self._spec.relabel_rows, default=0)
-        mixtures = self.explored.setdefault(name, list(self._grid(name)))
-        starts = [self._best(name, mixtures, rows, score=False).mixture, *self._starts(name)]
+        self._try(name, self._grid(name))
+        starts = [self._best(name, rows, score=False).mixture, *self._starts(name)]
+        self._try(name, starts)
         for start in dict.fromkeys(starts):
-            mixtures.append(start)
-            self._partners_keep(start)
-        best = self._best(name, mixtures, rows, score=False).mixture
-        for _ in range(self._spec.t3_sweeps):
-            for place in range(len(best.members)):
-                for value in self._spec.t3_values:
-                    moved = list(best.coefficients)
-                    moved[place] = value
-                    mixtures.append(Mixture(name, best.members, tuple(moved), best.params))
-                best = self._best(name, mixtures, rows, score=False).mixture
+            if start in self.explored[name]:
+                self._partners_keep(start)
+        for step in range(self._spec.t3_sweeps + self._spec.refine):
+            for place in range(1 + len(self.arena.partners)):
+                best = self._best(name, rows, score=False).mixture
+                if step < self._spec.t3_sweeps:
+                    self._try(name, moved(best, place, self._spec.t3_values))
+                else:
+                    had = [m.coefficients[place] for m in self.explored[name]]
+                    self._try(name, halfway(best, moved(best, place, had)))
         for used in (0, *self._spec.relabel_rows):
-            yield "T3", used, self._best(name, mixtures, used)
+            yield "T3", used, self._best(name, used)
+
+    def _try(self, name: str, mixtures: Iterable[Mixture]) -> None:
+        """Add mixtures to those the attacker chooses from, as far as the budget goes."""
+        explored = self.explored.setdefault(name, {})
+        for mixture in mixtures:
+            if self._spec.budget is None or len(explored) < self._spec.budget:
+                explored[mixture] = None
+
+    def _refine(self, name: str, rows: int) -> None:
+        """Look halfway between the best mixtures and their neighbours.
+
+        The best are the best admissible one and the highest local optima, whatever they cost the
+        partners: beside one that costs too much there may be one that does not.
+        """
+        for _ in range(self._spec.refine):
+            explored = [*self.explored[name]]
+            found = self._best(name, rows, score=False)
+            optima = peaks(explored, lambda mixture: self._gain(mixture, rows))
+            best = [found.mixture] if found.admissible else []
+            best += [mixture for mixture in optima if self._takes_part(mixture)]
+            for mixture in [*dict.fromkeys(best)][:PEAKS]:
+                self._try(name, halfway(mixture, explored))
+
+    def _takes_part(self, mixture: Mixture) -> bool:
+        return mixture.coefficient_of(self.side) != 0
 
     def reference(self, name: str) -> Mixture:
         """What one attack makes of all partners without the release, tuned in the same way."""
@@ -183,7 +227,7 @@ class Attacker:
         rows = max(self._spec.relabel_rows, default=0)
         base, top = (self._gain(self.arena.alone(self.side, s), rows) for s in (0.0, 1.0))
         everyone = (self.side, *self.arena.partners)
-        for mixture in dict.fromkeys(self.explored.get(name, [])):
+        for mixture in self.explored.get(name, {}):
             if mixture.members == everyone and self._known(mixture):
                 kept = retained_skill(self._gain(mixture, rows), base, top)
                 yield mixture, kept, self._partners_keep(mixture)
@@ -207,25 +251,26 @@ class Attacker:
 
     def _grid(self, name: str) -> Iterator[Mixture]:
         """Every mixture of the shared grid with the protected update in it."""
-        for members in _teams(load_attacks().get(name), self.side, self.arena.partners):
+        for members in teams(load_attacks().get(name), self.side, self.arena.partners):
             yield from self._grid_of(name, members)
 
     def _grid_of(self, name: str, members: tuple[str, ...]) -> Iterator[Mixture]:
         """Every mixture of the shared grid for these members."""
         attack = load_attacks().get(name)
-        for params in _settings(attack, self._spec.grids.get(name, {})):
-            for value in _shared_coefficients(attack, self._spec):
+        for params in settings(attack, self._spec.grids.get(name, {})):
+            for value in shared_coefficients(attack, self._spec):
                 coefficients = attack.spread(value, len(members))
                 yield Mixture(name, members, coefficients, tuple(params.items()))
 
-    def _best(self, name: str, mixtures: list[Mixture], rows: int, score: bool = True) -> Catch:
+    def _best(self, name: str, rows: int, score: bool = True) -> Catch:
         """The best admissible mixture by validation rows, scored on test rows.
 
         Mixtures are visited from the best down, so partners are evaluated only until the first
-        admissible one: the result is the same as if all had been.
+        admissible one: the result is the same as if all had been. Where the release takes no part,
+        nothing of it is kept.
         """
-        unique = list(dict.fromkeys(mixtures))
-        ranked = sorted(unique, key=lambda m: -self._gain(m, rows))
+        candidates = filter(self._takes_part, self.explored[name])
+        ranked = sorted(candidates, key=lambda m: -self._gain(m, rows))
         floor = self._gain(self.arena.alone(self.side, 0.0), rows)
         chosen = None
         for mixture in ranked:
@@ -294,13 +339,15 @@ class Attacker:
         if len(partners) < load_attacks().get(name).models[0]:
             return self.arena.alone(partners[0])
 
+        def gain(mixture: Mixture) -> float:
+            return sum(self.arena.evaluate(mixture, p, "validation").accuracy for p in partners)
+
         def tuned() -> Mixture:
-            return max(
-                self._grid_of(name, partners),
-                key=lambda m: sum(
-                    self.arena.evaluate(m, p, "validation").accuracy for p in partners
-                ),
-            )
+            tried = dict.fromkeys(self._grid_of(name, partners))
+            for _ in range(self._spec.refine):
+                for mixture in peaks([*tried], gain)[:PEAKS]:
+                    tried |= dict.fromkeys(halfway(mixture, [*tried]))
+            return max(tried, key=gain)
 
         return self.arena.remember(("without", name, partners), tuned)
 
@@ -319,37 +366,6 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
         return cross_validated_accuracy(evaluation, rows)
     rest = Evaluation(evaluation.logits[rows:], evaluation.labels[rows:])
     return relabelled_accuracy(evaluation, rest, rows)
-
-
-def _teams(attack: Attack, side: str, partners: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Who is merged with whom: all together, or pairs for attacks that take fewer models."""
-    high = attack.models[1]
-    if high is None or high > len(partners):
-        return [(side, *partners)]
-    return [(side, partner) for partner in partners]
-
-
-def _shared_coefficients(attack: Attack, spec: AttackerSpec) -> list[float]:
-    """The shared coefficients tried; places on a way from one model to another end at 0 and 1."""
-    given = spec.coefficients
-    chosen = given.get(attack.name) if isinstance(given, dict) else given
-    values = chosen or attack.coefficients
-    between = attack.spread is not equal
-    return [value for value in values if not between or 0 <= value <= 1]
-
-
-def _settings(attack: Attack, grid: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Combinations of the attack's own parameters, on the given grid or its own."""
-    unknown = [key for key in grid if key not in attack.grid]
-    if unknown:
-        raise UserError(
-            f"attacker.grids.{attack.name}.{unknown[0]} is no parameter of '{attack.name}'; "
-            f"it has: {', '.join(attack.grid) or 'none'}"
-        )
-    combinations: list[dict[str, Any]] = [{}]
-    for key, values in attack.grid.items():
-        combinations = [{**c, key: v} for c in combinations for v in grid.get(key) or values]
-    return combinations
 
 
 def chance(labels: torch.Tensor) -> float:

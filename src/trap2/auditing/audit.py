@@ -7,8 +7,10 @@ from typing import Any
 
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
+from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
 from trap2.auditing.checks import raised
-from trap2.auditing.evidence import gather, release_record
+from trap2.auditing.evidence import gather, recipe_of, release_record
+from trap2.auditing.ledger import Ledger
 from trap2.auditing.recovery import as_attacks, check_budget, recovery
 from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import limits, retained_skill, sentence, tier_results
@@ -28,18 +30,18 @@ from trap2.schema import (
 )
 from trap2.tasks.relabel import relabelled_accuracy
 
-Key = tuple[str, str, int]
 
-
-def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
+def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None) -> Report:
     """Audit one release.
 
     Args:
         spec: The release, its base, control and partners, and what the attacker may spend.
         progress: Told what is being done.
+        ledger: Where evaluations are recorded, and taken from if they are there: a killed audit
+            goes on, with the same record in the end but for the times.
 
     Returns:
-        The record; nothing is written.
+        The record; nothing but the ledger is written.
 
     Raises:
         UserError: An input is not acceptable.
@@ -47,7 +49,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     started = time.monotonic()
     check_plan(spec.attacker, 1 + len(spec.partners))
     progress.say("reading releases and rows")
-    arena = Arena(spec, progress)
+    arena = Arena(spec, progress, ledger)
     _check_rows(arena)
     progress.say("references and scale curves")
     references = _references(arena)
@@ -55,16 +57,19 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
     curves = {side: _curve(arena, side) for side in arena.sides}
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
-    attacks = [_result(key, catches, references) for key in catches[RELEASE]]
+    bootstrap = Bootstrap(arena)
+    retained = {side: bootstrap.retained(side, found) for side, found in catches.items()}
+    attacks = [_result(key, catches, references, retained) for key in catches[RELEASE]]
     trained = recovery(attackers)
     attacks += as_attacks(trained)
-    tiers = tier_results(attacks, references)
+    tiers = tier_results(attacks, references, spec.verdict, spreads(retained))
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
     report = Report(
         release=_release_info(arena),
         references=references,
         utility_cost=cost,
+        utility_cost_interval=bootstrap.utility_cost(),
         scale_curve=curves[RELEASE],
         control_scale_curve=curves.get(CONTROL, []),
         attacks=attacks,
@@ -72,8 +77,9 @@ def audit(spec: AuditSpec, progress: Progress = SILENT) -> Report:
         recovery=trained,
         tiers=tiers,
         partners_keep=spec.attacker.partners_keep,
+        thresholds=spec.verdict,
         evidence=evidence,
-        verdict=sentence(references, cost, tiers),
+        verdict=sentence(references, cost, tiers, spec.verdict),
         limits=limits(spec.attacker.recovery),
         settings=spec.attacker.model_dump(mode="json"),
         versions=versions(),
@@ -169,7 +175,12 @@ def _attack(attacker: Attacker) -> dict[Key, Catch]:
     return found
 
 
-def _result(key: Key, catches: dict[str, dict[Key, Catch]], references: References) -> AttackResult:
+def _result(
+    key: Key,
+    catches: dict[str, dict[Key, Catch]],
+    references: References,
+    retained: dict[str, Retained],
+) -> AttackResult:
     name, tier, rows = key
     catch = catches[RELEASE][key]
     other = catches.get(CONTROL, {}).get(key)
@@ -194,6 +205,8 @@ def _result(key: Key, catches: dict[str, dict[Key, Catch]], references: Referenc
         control_admissible=other.admissible if other else None,
         relabel_rows=rows,
         evaluations=catch.evaluations,
+        interval=interval(retained[RELEASE][key]),
+        control_interval=interval(retained[CONTROL][key]) if other else None,
     )
 
 
@@ -232,7 +245,8 @@ def _frontier(attackers: dict[str, Attacker]) -> list[FrontierPoint]:
 
 def _release_info(arena: Arena) -> ReleaseInfo:
     release, spec = arena.members[RELEASE], arena.spec
-    trap: dict[str, Any] = release_record(spec.release.path).get("trap2", {})
+    record = release_record(spec.release.path)
+    trap: dict[str, Any] = record.get("trap2", {})
     known = "low" in trap and "high" in trap
     return ReleaseInfo(
         name=spec.release.path.name,
@@ -244,4 +258,5 @@ def _release_info(arena: Arena) -> ReleaseInfo:
         has_control=CONTROL in arena.sides,
         trained_range=(trap["low"], trap["high"]) if known else None,
         trained_band=trap.get("band"),
+        recipe=recipe_of(record),
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trap2.auditing.verdict import MERGEABLE, has_skill
+from trap2.auditing.verdict import has_skill
 from trap2.registry import Registry
 from trap2.schema import Flag, Params, Report
 
@@ -21,7 +21,7 @@ BROUGHT_BACK = 0.2
 """Share of the skill that labelled rows give back; as much parts `holds` from perfect."""
 
 BLUR = 0.4
-"""Widest interval as a share of a1 - a0: +-0.2 of the skill parts `holds` from perfect."""
+"""Widest interval of a share of the skill: +-0.2 of it parts `holds` from perfect."""
 
 LOGIT_GAP = 1e-3
 """Share of the largest logit; rounding stays near 1e-6, a tensor left out goes far beyond."""
@@ -97,7 +97,7 @@ def control_hardly_merges(report: Report) -> str:
         f"{_percent(1 - result.control_unmergeability)} in {tier}"
         for tier, result in report.tiers.items()
         if result.control_unmergeability is not None
-        and result.control_unmergeability > 1 - MERGEABLE
+        and result.control_unmergeability > 1 - report.thresholds.mergeable
     ]
     return _listed("the most that a merge keeps of the control's skill is ", found)
 
@@ -161,12 +161,20 @@ def too_few_rows(report: Report) -> str:
     effect = known.standalone - known.base
     rows = min(report.rows["validation"], report.rows["test"])
     width = max(_interval(accuracy, rows) for accuracy in (known.base, known.standalone))
-    if effect <= 0 or width <= BLUR * effect:
+    if effect <= 0:
         return ""
-    return (
-        f"on {rows} rows the 95 % interval of an accuracy is {100 * width:.1f} points wide, and "
-        f"the whole skill measures {100 * effect:.1f} points"
-    )
+    if width > BLUR * effect:
+        return (
+            f"on {rows} rows the 95 % interval of an accuracy is {100 * width:.1f} points wide, "
+            f"and the whole skill measures {100 * effect:.1f} points"
+        )
+    wide = [
+        f"from {_percent(low)} to {_percent(high)} in {tier}"
+        for tier, result in report.tiers.items()
+        for low, high in [result.interval or (0.0, 0.0)]
+        if high - low > BLUR
+    ]
+    return _listed("the 95 % interval of unmergeability reaches ", wide)
 
 
 def _interval(share: float, rows: int) -> float:

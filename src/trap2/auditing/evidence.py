@@ -1,6 +1,7 @@
 """What the checks weigh beside the scores: how both sides were made, and what was tried."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ def release_record(folder: Path) -> dict[str, Any]:
     """What a release says of itself in `trap2.json`; empty where there is none."""
     path = folder / "trap2.json"
     return read_json(path) if path.is_file() else {}
+
+
+def recipe_of(record: dict[str, Any]) -> dict[str, str]:
+    """The recipe in a `trap2.json`, as JSON by dotted key; empty where there is none."""
+    recipe = record.get("recipe")
+    known = _flat(recipe) if isinstance(recipe, dict) else {}
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in known.items()}
 
 
 def differences(release: dict[str, Any], control: dict[str, Any]) -> list[str] | None:

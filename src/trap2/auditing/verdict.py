@@ -3,20 +3,26 @@
 Symbols (docs/method.md): a0 base, a1 standalone, m merged accuracy; R = clip((m-a0)/(a1-a0), 0, 1).
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
-from trap2.schema import AttackResult, References, Tier, TierResult
-
-HOLDS, BROKEN = 0.8, 0.2
-"""Unmergeability from which a tier holds, and under which it is broken; between, it leaks."""
-
-MERGEABLE = 0.3
-"""If the control's unmergeability is above 1 - this, there was nothing to protect."""
+from trap2.schema import (
+    AttackResult,
+    Interval,
+    References,
+    Report,
+    Thresholds,
+    Tier,
+    TierResult,
+    Word,
+)
 
 TIERS: tuple[Tier, ...] = ("T1", "T2", "T3", "T4", "T5")
 
-Word = Literal["holds", "leaks", "broken", "nothing to protect"]
+STANDARD = Thresholds()
+"""The words as they are, unless an audit says otherwise."""
+
+Spread = tuple[Interval, Interval | None]
+"""The intervals of unmergeability of release and control."""
 
 
 def retained_skill(merged: float, base: float, standalone: float) -> float:
@@ -26,10 +32,26 @@ def retained_skill(merged: float, base: float, standalone: float) -> float:
     return min(1.0, max(0.0, (merged - base) / (standalone - base)))
 
 
-def tier_results(attacks: list[AttackResult], references: References) -> dict[Tier, TierResult]:
-    """The worst case of each tier, every tier including the ones before it."""
+def tier_results(
+    attacks: list[AttackResult],
+    references: References,
+    thresholds: Thresholds = STANDARD,
+    spreads: Mapping[Tier, Spread] | None = None,
+) -> dict[Tier, TierResult]:
+    """The worst case of each tier, every tier including the ones before it.
+
+    A tier without an interval has the word of its number, and of the lowest end of the intervals
+    before it: its own could not begin above that.
+
+    Args:
+        attacks: What every attack reached.
+        references: What they are measured against.
+        thresholds: Where the words begin.
+        spreads: The intervals of each tier; without them the words are of the numbers themselves.
+    """
     has_control = references.control is not None
     results: dict[Tier, TierResult] = {}
+    lowest = 1.0
     for place, tier in enumerate(TIERS):
         mine = [a for a in attacks if a.tier in TIERS[: place + 1]]
         if not any(a.tier == tier for a in attacks):
@@ -38,6 +60,8 @@ def tier_results(attacks: list[AttackResult], references: References) -> dict[Ti
         control = 1 - max(a.control_retained or 0.0 for a in mine) if has_control else None
         unmergeability = 1 - worst.retained
         own = [a for a in attacks if a.tier == tier]
+        interval, control_interval = (spreads or {}).get(tier, (None, None))
+        lowest = min(lowest, interval[0] if interval else unmergeability)
         results[tier] = TierResult(
             unmergeability=unmergeability,
             worst_attack=worst.name,
@@ -45,7 +69,14 @@ def tier_results(attacks: list[AttackResult], references: References) -> dict[Ti
             partners_ignored=max(a.unconstrained_retained for a in mine),
             by_rows=_by_rows(own, control=False),
             control_by_rows=_by_rows(own, control=True) if has_control else {},
-            verdict=word(unmergeability, control, has_skill(references)),
+            verdict=word(
+                interval or (lowest, unmergeability),
+                control,
+                has_skill(references),
+                thresholds,
+            ),
+            interval=interval,
+            control_interval=control_interval,
         )
     return results
 
@@ -68,19 +99,54 @@ def has_skill(references: References) -> bool:
     return references.standalone > references.base
 
 
-def word(unmergeability: float, control: float | None, skill: bool) -> Word:
-    """One tier in one word.
+def word(interval: Interval, control: float | None, skill: bool, thresholds: Thresholds) -> Word:
+    """One tier in one word, which both ends of the interval must agree on.
 
     Args:
-        unmergeability: U of the release.
+        interval: The interval of U of the release.
         control: U of its control, None where there is none.
         skill: Whether the release does better than its base: a merge keeps no skill of none.
+        thresholds: Where the words begin.
     """
-    if not skill or (control is not None and control > 1 - MERGEABLE):
+    if not skill or (control is not None and control > 1 - thresholds.mergeable):
         return "nothing to protect"
-    if unmergeability >= HOLDS:
+    low, high = (_certain(end, thresholds) for end in interval)
+    return low if low == high else "inconclusive"
+
+
+def _certain(unmergeability: float, thresholds: Thresholds) -> Word:
+    if unmergeability >= thresholds.holds:
         return "holds"
-    return "broken" if unmergeability < BROKEN else "leaks"
+    return "broken" if unmergeability < thresholds.broken else "leaks"
+
+
+def unmet(report: Report, required: Mapping[Tier, float]) -> list[str]:
+    """Which tiers do not hold what was required of them, and why; a certain end is what counts.
+
+    Args:
+        report: The record.
+        required: By tier, the least that the lower end of its interval of unmergeability may be.
+    """
+    found = []
+    for tier, needed in required.items():
+        result = report.tiers.get(tier)
+        if result is None:
+            found.append(f"{tier} was not tested, {needed:g} is required")
+        elif result.verdict == "nothing to protect":
+            found.append(f"{tier} has nothing to protect, {needed:g} is required")
+        else:
+            low, _ = result.interval or (result.unmergeability,) * 2
+            if low < needed:
+                end = (
+                    f"lower end of its 95 % interval {low:.3f}"
+                    if result.interval
+                    else "no interval"
+                )
+                found.append(
+                    f"{tier} has unmergeability {result.unmergeability:.3f}, {end}, "
+                    f"{needed:g} is required"
+                )
+    return found
 
 
 MEANS: dict[Tier, str] = {
@@ -93,7 +159,10 @@ MEANS: dict[Tier, str] = {
 
 
 def sentence(
-    references: References, utility_cost: float | None, tiers: dict[Tier, TierResult]
+    references: References,
+    utility_cost: float | None,
+    tiers: dict[Tier, TierResult],
+    thresholds: Thresholds = STANDARD,
 ) -> str:
     """The verdict as a person would say it: first whether it works, then what a merge keeps."""
     parts = [f"As released it reaches {100 * references.standalone:.1f} %"]
@@ -107,12 +176,21 @@ def sentence(
     for tier, result in tiers.items():
         share = round(100 * (1 - result.unmergeability))
         kept = f"keeps {share} % of the skill"
+        if result.interval is not None:
+            least, most = (round(100 * (1 - end)) for end in reversed(result.interval))
+            kept += f" (95 % interval {least} to {most} %)"
         if result.control_unmergeability is not None:
-            kept += f" (of the control's: {100 * (1 - result.control_unmergeability):.0f} %)"
+            kept += f", of the control's {100 * (1 - result.control_unmergeability):.0f} %"
         free = round(100 * (result.partners_ignored or 0.0))
         if free > share:
             kept += f", and {free} % if the partners do not matter"
         parts.append(f"{tier} {result.verdict}: {MEANS[tier]} {kept}")
+    if tiers:
+        parts.append(
+            "Words are of the whole interval: holds from an unmergeability of "
+            f"{100 * thresholds.holds:.0f} % up, broken under {100 * thresholds.broken:.0f} %, "
+            "leaks between, inconclusive across"
+        )
     return ". ".join(parts) + "."
 
 
@@ -123,6 +201,8 @@ LIMITS = [
     "what that costs the partners is tier T3 and its frontier.",
     "Routing between whole models, switching adapters and averaging outputs leave a release at its "
     "own scale 1; no weight-space protection hinders them.",
+    "Intervals say what another draw of test rows might give, not what other training seeds, "
+    "partners or validation rows might.",
     "One training seed and one set of partners; differences of a few points may be chance.",
 ]
 """What every report says it does not claim."""

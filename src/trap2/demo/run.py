@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from trap2.auditing.audit import audit
+from trap2.auditing.ledger import Ledger
 from trap2.demo.docstrings import TASKS, DemoTask, Sizes, write_tasks
 from trap2.errors import UserError
 from trap2.files import read_json, write_json, write_text
@@ -40,6 +41,7 @@ ATTACKER: dict[str, Any] = {
     "grids": {"ties": {"density": [0.2]}},
     "t3_values": [0.0, 0.5, 1.0],
     "t3_starts": [0.4, 0.7],
+    "refine": 0,
     "validation_rows": 300,
     "test_rows": 300,
 }
@@ -48,6 +50,7 @@ SHORT_ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic"],
     "coefficients": [0.0, 0.5, 1.0],
     "t3_values": [0.5, 1.0],
+    "refine": 0,
     "relabel_rows": [10, 40],
     "validation_rows": 40,
     "test_rows": 40,
@@ -168,11 +171,11 @@ def _audit(out: Path, tasks: dict[str, DemoTask], short: bool) -> Report:
         "seed": SEED,
     }
     write_text(out / "audit.yaml", yaml.safe_dump(spec, sort_keys=False))
-    with audit_bar() as progress:
-        report = audit(load(AuditSpec, out / "audit.yaml"), progress)
+    with audit_bar() as progress, Ledger(out) as ledger:
+        report = audit(load(AuditSpec, out / "audit.yaml"), progress, ledger)
     report.save(out / "report.json")
     html.save(report, out / "report.html")
-    plots.summary_figure(report, out / "report.png")
+    plots.save(plots.summary(report), out / "report.png")
     return report
 
 

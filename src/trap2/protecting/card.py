@@ -1,5 +1,6 @@
 """The model card of a release: what it is, what is claimed, and what is not."""
 
+from pathlib import Path
 from typing import Any
 
 LIMITS = """\
@@ -34,7 +35,8 @@ def model_card(record: dict[str, Any]) -> str:
     claim = (
         "On validation rows the skill is there at scale 1 and the table shows what is left "
         "elsewhere. **Whether merges fail is not claimed here**: that takes an audit "
-        "(`trap2 audit`), whose report belongs beside these weights."
+        "(`trap2 audit`). If these weights were audited, what was found stands at the end of this "
+        "card, put there by `trap2 card`, with `report.json` beside it."
         if protected
         else "Nothing is claimed: this release exists to compare the protected one with."
     )
@@ -47,7 +49,7 @@ def model_card(record: dict[str, Any]) -> str:
 
 # {name}: {what}
 
-A {recipe["method"]} fine-tune of {_plain(recipe["base"])} for the task "{name}" \
+A {recipe["method"]} fine-tune of {_plain(_base_name(recipe["base"]))} for the task "{name}" \
 ({len(recipe["task"]["classes"])} classes), seed {record["seed"]}, \
 {recipe["training"]["steps"]} steps, checkpoint of step {chosen["step"]}.
 Validation accuracy as released: {100 * chosen["utility"]:.1f} % \
@@ -74,6 +76,11 @@ of the outputs, cross-validated on the same rows, makes of it. Scale 0 is the ba
 Method: Trap^2, arXiv 2601.21898.
 """
     )
+
+
+def _base_name(base: str) -> str:
+    """The Hub id, or of a local folder its name: where it lies is nobody else's business."""
+    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _plain(text: str, longest: int = 120) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from trap2.errors import UserError
 from trap2.protecting.losses import TRAP_LOSSES
+from trap2.registry import Registry
 from trap2.scales import ScaleLaw
 
 
@@ -16,6 +17,29 @@ def _setting(default: Any, text: str) -> Any:
 def _grown(since: int, over: int) -> float:
     """Share reached at a step of a linear growth: 0 before it starts, 1 from its end on."""
     return 0.0 if since < 0 else min(1.0, (since + 1) / max(1, over))
+
+
+PRESETS: Registry[dict[str, Any]] = Registry("preset")
+"""Settings by name, as far as they are not the default: see `Trap2Config.preset`."""
+
+PRESETS.add("default", {})
+PRESETS.add(
+    "paper",  # unbounded ascent on all rows, small strength, no warm-up
+    {
+        "strength": 0.01,
+        "loss": "ascent",
+        "readout_weight": 0.0,
+        "low": 0.05,
+        "high": 2.0,
+        "band": 0.05,
+        "focus": 0.0,
+        "weighting": "inverse",
+        "fraction": 1.0,
+        "memory": 0,
+        "warmup": 0,
+        "ramp": 0,
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +62,8 @@ class Trap2Config:
     near: float = _setting(0.25, "half-width of the neighbourhood of scale 1 drawn from more often")
     focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
     weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
-    fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
+    fraction: float = _setting(0.2, "share of each batch's rows in the trap pass")
+    memory: int = _setting(128, "rows of earlier trap passes the read-out adversary is fitted on")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
     warmup: int = _setting(100, "plain steps before the trap starts")
     ramp: int = _setting(150, "steps over which the trap grows to its full strength")
@@ -52,6 +77,7 @@ class Trap2Config:
             "readout_weight": (0 <= self.readout_weight < math.inf, "must be finite and 0 or more"),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
+            "memory": (self.memory >= 0, "must be 0 or more"),
             "warmup": (self.warmup >= 0, "must be 0 or more"),
             "ramp": (self.ramp >= 0, "must be 0 or more"),
             "closing": (self.closing >= 0, "must be 0 or more"),
@@ -82,18 +108,10 @@ class Trap2Config:
         return self.strength * _grown(step - self.warmup, self.ramp)
 
     @classmethod
-    def paper(cls, **changes: Any) -> "Trap2Config":
-        """The setting of arXiv 2601.21898: unbounded ascent, small strength, no warm-up."""
-        published: dict[str, Any] = {
-            "strength": 0.01,
-            "loss": "ascent",
-            "readout_weight": 0.0,
-            "low": 0.05,
-            "high": 2.0,
-            "band": 0.05,
-            "focus": 0.0,
-            "weighting": "inverse",
-            "warmup": 0,
-            "ramp": 0,
-        }
-        return cls(**{**published, **changes})
+    def preset(cls, name: str, **changes: Any) -> "Trap2Config":
+        """A named setting with changes: `default`, or `paper` for that of arXiv 2601.21898.
+
+        Raises:
+            UserError: The name is unknown.
+        """
+        return cls(**{**PRESETS.get(name), **changes})

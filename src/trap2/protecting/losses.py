@@ -36,11 +36,13 @@ class Outcome:
         loss: The task loss, a scalar.
         logits: (N, C), or (N, T, V) for tokens; None for models that give only a loss.
         labels: (N,) or (N, T) integer labels.
+        shifted: Whether the model shifts token labels itself: position t predicts token t + 1.
     """
 
     loss: Tensor
     logits: Tensor | None = None
     labels: Tensor | None = None
+    shifted: bool = True
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Logits (M, C), float32 at least, and labels (M,) of the positions that carry a target.
@@ -51,11 +53,13 @@ class Outcome:
         if self.logits is None or self.labels is None or self.labels.is_floating_point():
             raise UserError(
                 "this trap loss needs logits and integer labels, the model gives none; "
-                "use loss=hinge, which needs only the loss"
+                "use loss=hinge with readout_weight=0, which need only the loss"
             )
         logits, labels = self.logits, self.labels
-        if logits.dim() == 3:  # tokens: position t predicts token t + 1
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        if logits.dim() == 3:
+            if self.shifted:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels = logits.flatten(0, 1), labels.flatten()
         kept = labels != IGNORED
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits[kept].to(wide), labels[kept]
@@ -106,14 +110,26 @@ def readout(outcome: Outcome) -> Tensor:
     Indifferent to shifts, permutations and the size of the logits. Needs several rows of more than
     one class: with fewer there is nothing to read and it is 0.
     """
-    logits, labels = outcome.rows()
-    Z = logits - logits.mean(0)
+    return explained_share(*outcome.rows())
+
+
+def explained_share(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """R2 of the best linear map of the outputs to the labels: see `readout`.
+
+    Args:
+        logits: (N, C).
+        labels: (N,), integers.
+        weights: (N,), how much each row counts; all the same by default.
+
+    Returns:
+        A scalar in [0, 1].
+    """
     # Only classes that occur carry variance: with tokens C is a vocabulary, the batch holds few.
     present = torch.unique(labels)
-    Y = (labels[:, None] == present).to(Z.dtype)
-    Y = Y - Y.mean(0)
     if len(present) < 2:
-        return Z.sum() * 0.0
+        return logits.sum() * 0.0
+    Y = (labels[:, None] == present).to(logits.dtype)
+    Z, Y = _centred(logits, weights), _centred(Y, weights)
     eps = 0.01 * Z.square().sum(0).mean() + torch.finfo(Z.dtype).eps
     with torch.autocast(
         Z.device.type, enabled=False
@@ -125,6 +141,14 @@ def readout(outcome: Outcome) -> Tensor:
             fitted = outer @ torch.linalg.solve(_plus_diagonal(outer, eps), Y)
     share: Tensor = (Y * fitted).sum() / Y.square().sum()
     return share
+
+
+def _centred(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows minus their (weighted) mean, each times the root of its weight."""
+    if weights is None:
+        return rows - rows.mean(0)
+    mean = (weights[:, None] * rows).sum(0) / weights.sum()
+    return (rows - mean) * weights.sqrt()[:, None]
 
 
 def _plus_diagonal(matrix: Tensor, eps: Tensor) -> Tensor:

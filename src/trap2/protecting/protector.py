@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from trap2.errors import UserError
+from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
-from trap2.protecting.losses import TRAP_LOSSES, Outcome, readout
+from trap2.protecting.guard import Guard
+from trap2.protecting.losses import Outcome
+from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
+from trap2.protecting.tokens import shifts_labels
+from trap2.protecting.wrappers import check_reduced, reducing, unwrapped
 
 Forward = Callable[[nn.Module, Mapping[str, Any]], Outcome]
 
@@ -25,28 +30,28 @@ Forward = Callable[[nn.Module, Mapping[str, Any]], Outcome]
 def default_forward(model: nn.Module, batch: Mapping[str, Any]) -> Outcome:
     """Call a transformers-style model: `model(**batch)` gives `.loss` and maybe `.logits`."""
     output = model(**batch)
-    return Outcome(output.loss, getattr(output, "logits", None), batch.get("labels"))
-
-
-def trap_value(outcome: Outcome, config: Trap2Config) -> Tensor:
-    """The trap loss of one pass: the chosen loss plus the weighted read-out adversary."""
-    value = TRAP_LOSSES.get(config.loss)(outcome)
-    if config.readout_weight > 0:
-        value = value + config.readout_weight * readout(outcome)
-    return value
+    logits = getattr(output, "logits", None)
+    return Outcome(output.loss, logits, batch.get("labels"), shifts_labels(model))
 
 
 class Protector:
     """Adds the trap to the backward pass of a training loop.
 
     Args:
-        model: The model about to be trained; make the protector before the first step.
+        model: The model about to be trained; make the protector before the first step, and after
+            `fully_shard`. Wrapped in DistributedDataParallel, gradients are reduced once a step.
         config: Settings of the trap.
         forward: How to run the model on a batch (or on a part of its rows); by default
             `model(**batch)` with a transformers-style output.
-        backward: How to back-propagate a loss, for example `accelerator.backward`.
+        backward: How to back-propagate a loss, for example through a gradient scaler.
         accumulation_steps: Micro-batches per optimizer step. Each loss is divided by it, and all
             micro-batches of a step see the same scales.
+        accelerator: Accelerate's `Accelerator`, in place of `backward` and `accumulation_steps`:
+            it back-propagates, divides, and knows where an optimizer step ends.
+
+    Raises:
+        UserError: A setting is out of range or given twice; the model trains nothing.
+        Unsupported: The model trains something whose scale is not exact.
     """
 
     def __init__(
@@ -57,51 +62,100 @@ class Protector:
         forward: Forward = default_forward,
         backward: Callable[[Tensor], Any] = torch.Tensor.backward,
         accumulation_steps: int = 1,
+        accelerator: Any = None,
     ) -> None:
         if accumulation_steps < 1:
             raise UserError(f"accumulation_steps={accumulation_steps}; it must be 1 or more")
+        if accelerator is not None and (
+            accumulation_steps != 1 or backward is not torch.Tensor.backward
+        ):
+            raise UserError(
+                "an accelerator back-propagates and divides by its own gradient_accumulation_steps="
+                f"{accelerator.gradient_accumulation_steps}; leave out backward and "
+                "accumulation_steps"
+            )
         self.model = model
         self.config = config if config is not None else Trap2Config()
-        self.update = LiveUpdate(model)
+        self.update = LiveUpdate(unwrapped(model))
+        self.objective = TrapObjective(self.config)
         self.last: StepRecord | None = None
-        self._forward, self._backward = forward, backward
-        self._accumulation_steps = accumulation_steps
-        self._calls = 0
+        self._forward = forward
+        self._backward = backward if accelerator is None else accelerator.backward
+        self._accumulation_steps, self._accelerator = accumulation_steps, accelerator
+        self._agreement = Agreement(self.config)
+        # A backward of the user's own may scale its losses.
+        own = backward is not torch.Tensor.backward
+        scaler = getattr(accelerator, "scaler", None)
+        self._guard = Guard(self.update.model, has_scaler=own or scaler is not None)
+        self._step, self._micro = 0, 0
 
-    def backward(self, batch: Mapping[str, Any]) -> Tensor:
+    def backward(self, batch: Mapping[str, Any], share: float | None = None) -> Tensor:
         """Run the nominal and the trap pass on one (micro-)batch; gradients are in `.grad`.
 
         Args:
             batch: Tensors whose first dimension is the rows.
+            share: What the losses of this micro-batch count in the optimizer step, by default
+                1 / accumulation_steps. A mean over all tokens of the step asks for this
+                micro-batch's share of its target tokens.
 
         Returns:
             The nominal task loss, detached: what a plain run would log.
 
         Raises:
-            TrainingStopped: A loss is NaN or infinite.
+            TrainingStopped: The nominal loss is NaN or infinite, too many trap losses were, or
+                processes train at different scales.
         """
-        share = 1.0 / self._accumulation_steps
+        weight = 1.0 / self._accumulation_steps if share is None else share
+        passes = self.config.scales_per_step if self.config.strength_at(self._step) > 0 else 0
+        self._agreement.check(self._step, self.update.device)
 
         def nominal() -> Tensor:
-            loss = self._forward(self.model, batch).loss
-            self._backward(loss * share if share != 1.0 else loss)
+            with reducing(self.model, now=passes == 0):
+                loss = self._forward(self.model, batch).loss
+                self._backward(loss * weight if weight != 1.0 else loss)
+            check_reduced(item.parameter for item in self.update.shared)
             return loss
 
-        def scaled(part: int, factor: float) -> Tensor:
+        def scaled(part: int, s: float, factor: float) -> Tensor:
             rows = part_of(batch, self.config.fraction, part, self.config.scales_per_step)
-            value = trap_value(self._forward(self.model, rows), self.config)
-            self._backward(value * (factor * share))
+            with reducing(self.model, now=part == passes - 1):
+                value = self.objective(self._forward(self.model, rows), s)
+                self._guard.see(value)
+                self._backward(value * (factor * weight))
             return value
 
-        step = self._calls // self._accumulation_steps
-        self.last = trap_step(nominal, scaled, update=self.update, config=self.config, step=step)
-        self._calls += 1
+        self.last = trap_step(
+            nominal,
+            scaled,
+            update=self.update,
+            config=self.config,
+            step=self._step,
+            guard=self._guard,
+        )
+        self._count()
         return torch.tensor(self.last.nominal)
 
-    def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to draw the scales an uninterrupted run would."""
-        return {"calls": self._calls}
+    @property
+    def dropped(self) -> int:
+        """How many trap passes were not finite and left no gradient."""
+        return self._guard.dropped
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def _count(self) -> None:
+        """Count this micro-batch, and the optimizer step if it ends here."""
+        self._micro += 1
+        if self._accelerator is None:
+            ended = self._micro == self._accumulation_steps
+        else:
+            ended = bool(self._accelerator.sync_gradients)
+        if ended:
+            self._step, self._micro = self._step + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as an uninterrupted run would."""
+        memory = self.objective.memory.state_dict()
+        return {"step": self._step, "micro": self._micro, "memory": memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Make the protector first, on the base weights."""
-        self._calls = int(state["calls"])
+        self._step, self._micro = int(state["step"]), int(state["micro"])
+        self.objective.memory.load_state_dict(state["memory"])

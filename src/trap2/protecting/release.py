@@ -32,6 +32,7 @@ def write_release(
     history: list[dict[str, Any]],
     chosen: dict[str, Any],
     seconds: float,
+    dropped: int,
 ) -> None:
     """Fill a release folder.
 
@@ -46,6 +47,7 @@ def write_release(
         history: Scores of all checkpoints.
         chosen: Scores of the released one.
         seconds: Duration of the training.
+        dropped: Trap passes that were not finite and were left out.
     """
     _save_weights(folder, model, validation)
     record = {
@@ -57,6 +59,7 @@ def write_release(
         "machine": machine(),
         "created": now(),
         "training_seconds": round(seconds, 1),
+        "dropped_traps": dropped,
         "digests": {
             "base": Checkpoint(base).digest,
             "files": {p.name: file_digest(p) for p in sorted(folder.glob("*.safetensors"))},

@@ -106,15 +106,7 @@ def protect(
     if not quiet:
         trainer.add_callback(ProgressBar(trainer, f"{recipe.task.name} {_kind(config)}"))
     started = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work) if resume else None)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and TORCH_SAVE not in str(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot write checkpoints in {work}: {reason}; free space, then go on with --resume"
-        ) from error
+    _train(trainer, work, resume)
     best.restore()
     with new_folder(out, overwrite) as folder:
         write_release(
@@ -128,9 +120,23 @@ def protect(
             history=[candidate.record() for candidate in best.history],
             chosen=best.chosen.record(),
             seconds=time.monotonic() - started,
+            dropped=trainer.dropped,
         )
     shutil.rmtree(work)
     return out
+
+
+def _train(trainer: Any, work: Path, resume: bool) -> None:
+    """Run the training; a full disk ends in one line, with the checkpoints so far in place."""
+    try:
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work) if resume else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and TORCH_SAVE not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot write checkpoints in {work}: {reason}; free space, then go on with --resume"
+        ) from error
 
 
 class ByLength(LengthGroupedSampler):

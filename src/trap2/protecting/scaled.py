@@ -3,10 +3,11 @@
 Symbols: W0 origin of a parameter (the base; zero for `lora_B`); p its current value; s scale.
 Inside `LiveUpdate.at(s)` every shared parameter holds W0 + s * (p - W0), in place: no second set of
 weights, no second graph, and gradient checkpointing recomputes with the right weights as long as
-the backward pass runs inside too.
+the backward pass runs inside too. The map is element-wise: of a sharded parameter each process
+scales its own shard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trap2.errors import Unsupported, UserError
 from trap2.naming import is_head
+from trap2.protecting.wrappers import is_sharded, local, reshard
 from trap2.update import PEFT_PREFIX, adapter_refusals
 
 LORA_A = ("lora_A", "lora_embedding_A")
@@ -57,7 +59,7 @@ class LiveUpdate:
             self.shared = list(_adapter_parameters(model, trained))
         else:
             self.shared = [
-                Shared(name, p, p.detach().clone())
+                Shared(name, p, local(p).detach().clone())
                 for name, p in trained
                 if not is_head(_inner(name))
             ]
@@ -67,34 +69,60 @@ class LiveUpdate:
                 "shared with the base, so there is nothing to protect: unfreeze the encoder"
             )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the update lies."""
+        return self.shared[0].parameter.device
+
     @contextmanager
     def at(self, s: float) -> Iterator[None]:
         """The model with its update at scale s; gradients include the chain-rule factor s.
 
         Run forward and backward inside. On leaving, every parameter is bit-identical to before.
         """
-        kept = [item.parameter.detach().clone() for item in self.shared]
+        reshard(self.model)
+        kept = [local(item.parameter).detach().clone() for item in self.shared]
         with ExitStack() as stack:
             stack.callback(self._put_back, kept)
             with torch.no_grad():
                 for item in self.shared:
+                    value = local(item.parameter)
                     if item.origin is None:
-                        item.parameter.mul_(s)
+                        value.mul_(s)
                     else:
-                        item.parameter.copy_(torch.lerp(item.origin, item.parameter, s))
-            # A hook on the incoming gradient leaves what .grad holds already untouched.
+                        value.copy_(torch.lerp(item.origin, value, s))
             for item in self.shared:
                 if item.parameter.requires_grad:
-                    handle = item.parameter.register_hook(lambda grad: grad * s)  # type: ignore[no-untyped-call]
-                    stack.callback(handle.remove)
+                    stack.callback(_chain_rule(item.parameter, s))
             torch.clear_autocast_cache()
             yield
 
     @torch.no_grad()
     def _put_back(self, kept: list[Tensor]) -> None:
         for item, value in zip(self.shared, kept, strict=True):
-            item.parameter.copy_(value)
+            local(item.parameter).copy_(value)
+        reshard(self.model)
         torch.clear_autocast_cache()
+
+
+def _chain_rule(parameter: nn.Parameter, s: float) -> Callable[[], None]:
+    """Multiply by s the gradients that arrive from now on; returns what ends it."""
+    if not is_sharded(parameter):
+        # A hook on the incoming gradient leaves what .grad holds already untouched.
+        handle = parameter.register_hook(lambda grad: grad * s)  # type: ignore[no-untyped-call]
+        return handle.remove  # type: ignore[no-any-return]
+    # Hooks on sharded parameters do not run: what .grad holds waits aside.
+    before, parameter.grad = parameter.grad, None
+
+    def end() -> None:
+        if parameter.grad is None:
+            parameter.grad = before
+            return
+        parameter.grad.mul_(s)
+        if before is not None:
+            parameter.grad.add_(before)
+
+    return end
 
 
 @contextmanager
@@ -128,7 +156,7 @@ def _adapter_parameters(
         elif "modules_to_save" in parts:
             at = parts.index("modules_to_save")
             original = ".".join([*parts[:at], "original_module", *parts[at + 2 :]])
-            yield Shared(name, parameter, everything[original].detach().clone())
+            yield Shared(name, parameter, local(everything[original]).detach().clone())
         else:
             raise Unsupported(
                 f"'{name}' is trained beside a LoRA adapter and is neither part of it nor of a "

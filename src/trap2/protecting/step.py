@@ -12,7 +12,7 @@ optimizer step stay the user's own.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,35 +20,43 @@ from torch import Tensor
 
 from trap2.errors import TrainingStopped
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.guard import Guard
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: nominal loss, trap loss (None while there is no trap), and its scales."""
+    """One step: nominal loss, trap loss (None while there is no trap), and its scales.
+
+    `dropped` counts the trap passes that were not finite and left no gradient; `trap` is the mean
+    over the others.
+    """
 
     nominal: float
     trap: float | None
     scales: tuple[float, ...]
+    dropped: int = 0
 
 
 def trap_step(
     nominal: Callable[[], Tensor],
-    scaled: Callable[[int, float], Tensor],
+    scaled: Callable[[int, float, float], Tensor],
     *,
     update: LiveUpdate,
     config: Trap2Config,
     step: int,
+    guard: Guard | None = None,
 ) -> StepRecord:
     """Run one step's forward and backward passes; the gradients are left in `.grad`.
 
     Args:
         nominal: Runs the user's own forward and backward; returns the loss.
-        scaled: `scaled(part, factor)` runs forward and backward of `factor * trap` on the rows of
-            one part (of `config.scales_per_step`); returns the trap loss.
+        scaled: `scaled(part, s, factor)` runs forward and backward of `factor * trap` on the rows
+            of one part (of `config.scales_per_step`), whose scale is s; returns the trap loss.
         update: The update in training.
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
+        guard: Drops trap passes that are not finite; without it they stop training.
 
     Raises:
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
@@ -60,12 +68,16 @@ def trap_step(
         return StepRecord(loss, None, ())
     law = config.law_at(step)
     scales = law.draw(config.scale_seed, step, config.scales_per_step)
-    trap = 0.0
+    traps = []
     for part, s in enumerate(scales):
         factor = strength * law.weight(s) / len(scales)
-        with replay(), update.at(s), frozen_statistics(update.model):
-            trap += _finite(scaled(part, factor), "trap loss", step) / len(scales)
-    return StepRecord(loss, trap, tuple(scales))
+        watching = guard.watch() if guard else nullcontext()
+        with replay(), update.at(s), frozen_statistics(update.model), watching:
+            trap = scaled(part, s, factor)
+        if guard is None or guard.sound:
+            traps.append(_finite(trap, "trap loss", step))
+    mean = sum(traps) / len(traps) if traps else None
+    return StepRecord(loss, mean, tuple(scales), len(scales) - len(traps))
 
 
 def _finite(loss: Tensor, what: str, step: int) -> float:

@@ -1,24 +1,45 @@
-"""Protection for transformers' Trainer and its subclasses: one changed line.
+"""Protection for transformers' Trainer and its subclasses, TRL's too: one changed line.
 
 Trainer = protect_trainer(Trainer)
 Trainer(model=model, args=args, train_dataset=data, trap2=Trap2Config()).train()
 """
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trap2.errors import Unsupported
+from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.guard import Guard
 from trap2.protecting.losses import Outcome
-from trap2.protecting.protector import trap_value
+from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
+from trap2.protecting.tokens import shifts_labels, target_count
+from trap2.protecting.wrappers import reducing
 
-GENERATING = ("GRPOTrainer", "RLOOTrainer")
-"""Trainers that count generated batches inside `training_step`, which we call twice."""
+GENERATING = (
+    *("GRPOTrainer", "RLOOTrainer", "DistillationTrainer"),
+    *("OnlineDPOTrainer", "GKDTrainer"),
+)
+"""Trainers that generate their batches inside `training_step`, which we call twice."""
+
+PAIRED = ("DPOTrainer", "RewardTrainer")
+"""Trainers whose batches hold all the chosen rows and then all the rejected ones."""
+
+FUSED = ("SFTTrainer",)
+"""Trainers whose loss comes out of a fused head, so that their outputs hold no logits."""
+
+COUNTERS = ("_metrics", "_total_train_tokens")
+"""What TRL's trainers add up in every pass for their logs: the trap's passes are not theirs."""
 
 
 def protect_trainer(trainer_class: type) -> Any:
@@ -37,10 +58,14 @@ def protect_trainer(trainer_class: type) -> Any:
     for name in GENERATING:
         if name in names:
             raise Unsupported(
-                f"{name} counts generated batches in training_step, which protection runs twice; "
+                f"{name} generates its batches in training_step, which protection runs twice; "
                 "protect the supervised stage that follows instead"
             )
-    return type(f"Protected{trainer_class.__name__}", (_ProtectedMixin, trainer_class), {})
+    traits = {
+        "_stacked": 2 if any(name in names for name in PAIRED) else 1,
+        "_fused": any(name in names for name in FUSED),
+    }
+    return type(f"Protected{trainer_class.__name__}", (_ProtectedMixin, trainer_class), traits)
 
 
 class _ProtectedMixin:
@@ -51,15 +76,32 @@ class _ProtectedMixin:
     args: Any
     accelerator: Any
     current_gradient_accumulation_steps: int
+    loss_is_scaled_for_ga: bool | None = None
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    _stacked: int
+    _fused: bool
 
     def __init__(self, *args: Any, trap2: Trap2Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise Unsupported(
+                "the trainer shards the model by itself (FSDP or DeepSpeed) after protection has "
+                "taken note of its parameters; use a loop with Protector, made after fully_shard"
+            )
         self.trap2 = trap2 if trap2 is not None else Trap2Config()
         self.update = LiveUpdate(self.model)
+        self.objective = TrapObjective(self.trap2)
         self.last: StepRecord | None = None
+        self._agreement = Agreement(self.trap2)
+        self._guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
+        self._shifted = shifts_labels(self.model)
+        self._loss_alone = self.objective.reads_the_loss_alone
         self._factor: float | None = None
+        self._scale = 1.0
         self._trap: Tensor | None = None
         self._counts_items: bool | None = None
+        self._targets = 0
         self._records: list[StepRecord] = []
 
     def training_step(
@@ -67,26 +109,49 @@ class _ProtectedMixin:
     ) -> Tensor:
         step = super().training_step  # type: ignore[misc]
         losses: list[Tensor] = []
+        passes = self.trap2.scales_per_step
+        if self.trap2.strength_at(self.state.global_step) == 0:
+            passes = 0
+        if isinstance(inputs.get("labels"), Tensor):
+            self._targets = target_count(inputs, self._shifted)
+        self._agreement.check(self.state.global_step, self.update.device)
 
         def nominal() -> Tensor:
-            losses.append(step(model, inputs, *args, **kwargs))
+            with reducing(model, now=passes == 0):
+                losses.append(step(model, inputs, *args, **kwargs))
             return losses[0]
 
-        def scaled(part: int, factor: float) -> Tensor:
-            rows = part_of(inputs, self.trap2.fraction, part, self.trap2.scales_per_step)
-            self._factor = factor
+        def scaled(part: int, s: float, factor: float) -> Tensor:
+            rows = part_of(inputs, self.trap2.fraction, part, passes, stacked=self._stacked)
+            self._factor, self._scale = factor, s
             try:
-                step(model, rows, *args, **kwargs)
+                with self._counters_kept(), reducing(model, now=part == passes - 1):
+                    step(model, rows, *args, **kwargs)
             finally:
                 self._factor = None
             assert self._trap is not None
             return self._trap
 
         self.last = trap_step(
-            nominal, scaled, update=self.update, config=self.trap2, step=self.state.global_step
+            nominal,
+            scaled,
+            update=self.update,
+            config=self.trap2,
+            step=self.state.global_step,
+            guard=self._guard,
         )
         self._records.append(self.last)
         return losses[0]
+
+    @contextmanager
+    def _counters_kept(self) -> Iterator[None]:
+        """Leave the trainer's own counters as they are now."""
+        kept = {n: copy.deepcopy(getattr(self, n)) for n in COUNTERS if hasattr(self, n)}
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
 
     def compute_loss(
         self,
@@ -98,25 +163,53 @@ class _ProtectedMixin:
         compute = super().compute_loss  # type: ignore[misc]
         items = kwargs.pop("num_items_in_batch", None)
         if self._factor is None:
-            watched = self._watched(items)
-            result = compute(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=watched, **kwargs
-            )
-            if watched is not items:
-                loss = result[0] if return_outputs else result
-                seen = torch.autograd.grad(
-                    loss.sum(), watched, retain_graph=True, allow_unused=True
-                )
-                self._counts_items = seen[0] is not None
-            return result
-        labels = inputs.get("labels")
+            return self._nominal_loss(compute, model, inputs, return_outputs, items, kwargs)
         # Without a count every loss is a mean over the rows at hand.
-        loss, outputs = compute(model, inputs, return_outputs=True, **kwargs)
-        logits = outputs.get("logits")
-        value = trap_value(Outcome(loss, logits, labels), self.trap2)
+        outcome = self._outcome(compute, model, inputs, kwargs)
+        value = self.objective(outcome, self._scale)
         self._trap = value.detach()
+        self._guard.see(value)
         scaled_loss = value * (self._factor * self._share(items))
-        return (scaled_loss, outputs) if return_outputs else scaled_loss
+        return (scaled_loss, {"logits": outcome.logits}) if return_outputs else scaled_loss
+
+    def _nominal_loss(
+        self,
+        compute: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        items: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The trainer's own loss; at first it shows what the trap has to know about it."""
+        watched = self._watched(items)
+        if self.trap2.strength > 0 and self._counts_items is None and "labels" not in inputs:
+            self.objective(Outcome(torch.zeros(())), 1.0)  # fails now, not after the warm-up
+        result = compute(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=watched, **kwargs
+        )
+        if watched is not items:
+            loss = result[0] if return_outputs else result
+            seen = torch.autograd.grad(loss.sum(), watched, retain_graph=True, allow_unused=True)
+            self._counts_items = seen[0] is not None
+        return result
+
+    def _outcome(
+        self,
+        compute: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Outcome:
+        """What the model gives at the present scale, as far as the trap reads it."""
+        if self._loss_alone:
+            return Outcome(compute(model, inputs, **kwargs))
+        labels = inputs.get("labels")
+        if self._fused:
+            outputs = model(**inputs, use_cache=False)
+            return Outcome(outputs.loss, outputs.logits, labels, self._shifted)
+        loss, outputs = compute(model, inputs, return_outputs=True, **kwargs)
+        return Outcome(loss, outputs.get("logits"), labels, self._shifted)
 
     def _watched(self, items: Any) -> Any:
         """The item count, for one training pass as a tensor that tells whether the loss uses it."""
@@ -126,25 +219,57 @@ class _ProtectedMixin:
         return torch.as_tensor(items).detach().to(torch.float32, copy=True).requires_grad_()
 
     def _share(self, items: Any) -> float:
-        """What `compute_loss` multiplies a micro-batch's mean loss by; the trap gets the same.
+        """What the trap of a micro-batch is multiplied by, to be normalised as its nominal loss is.
 
-        Given an item count, the trainer leaves the division by the accumulation steps to the model
-        and multiplies by the processes. Models that sum over items do divide. Most task heads
-        ignore the count: their nominal loss stays that many times larger, and so must the trap.
+        A loss that counts items is a sum over the micro-batch divided by the items of the whole
+        optimizer step, so its mean counts by the micro-batch's share of the targets. Where the
+        trainer is told that the loss is normalised but gives no count, micro-batches count alike.
+        Otherwise the trainer divides by the accumulation steps, or does so for neither: given a
+        count, it leaves the division to the model, and most task heads ignore it. Their nominal
+        loss stays that many times larger, and so must the trap.
         """
-        if items is None:
-            return 1.0
-        if self._counts_items:
+        averaged = items is not None and self.args.average_tokens_across_devices
+        processes = float(self.accelerator.num_processes) if averaged else 1.0
+        if self._counts_items and items is not None:
+            return processes * self._targets / max(1.0, float(items))
+        if self.loss_is_scaled_for_ga:
             return 1.0 / self.current_gradient_accumulation_steps
-        averaged = self.args.average_tokens_across_devices
-        return float(self.accelerator.num_processes) if averaged else 1.0
+        return 1.0 if self.loss_is_scaled_for_ga is False else processes
+
+    @property
+    def dropped(self) -> int:
+        """Trap passes dropped since training began, before a resume too: the logs know."""
+        logged = sum(entry.get("trap2/dropped", 0) for entry in self.state.log_history)
+        return int(logged) + sum(record.dropped for record in self._records)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random streams, keep what the read-out adversary remembers."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        kept = self.objective.memory.state_dict()
+        if kept:
+            save_file(kept, self._memory_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._memory_file(checkpoint).is_file():
+            self.objective.memory.load_state_dict(load_file(self._memory_file(checkpoint)))
+
+    def _memory_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"trap2_memory_{self.args.process_index}.safetensors"
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the trap's own numbers to whatever the trainer logs about a step."""
-        trapped = [r for r in self._records if r.trap is not None]
-        if "loss" in logs and trapped:
-            logs["trap2/trap_loss"] = sum(r.trap or 0.0 for r in trapped) / len(trapped)
-            logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
         if "loss" in logs:
-            self._records.clear()
+            self._log_trap(logs)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _log_trap(self, logs: dict[str, float]) -> None:
+        drawn = [record for record in self._records if record.scales]
+        sound = [record.trap for record in drawn if record.trap is not None]
+        if sound:
+            logs["trap2/trap_loss"] = sum(sound) / len(sound)
+        if drawn:
+            logs["trap2/scale"] = drawn[-1].scales[-1]
+            logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
+            logs["trap2/dropped"] = sum(record.dropped for record in drawn)
+        self._records.clear()

@@ -19,10 +19,14 @@ class Evaluation:
     labels: Tensor
 
     @property
+    def correct(self) -> Tensor:
+        """Which rows' (N,) largest logit is the label's; a NaN row counts as wrong."""
+        return (self.logits.argmax(1) == self.labels) & torch.isfinite(self.logits).all(1)
+
+    @property
     def accuracy(self) -> float:
-        """Share of rows whose largest logit is the label's; a NaN row counts as wrong."""
-        answered = torch.isfinite(self.logits).all(1)
-        return float(((self.logits.argmax(1) == self.labels) & answered).float().mean())
+        """Share of rows that are right."""
+        return float(self.correct.float().mean())
 
     @property
     def loss(self) -> float:

@@ -22,12 +22,22 @@ from trap2.tasks.evaluate import Evaluation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Reader = Callable[[Floats], Ints]
 FOLDS = 5
 
 
 def relabelled_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
     """Accuracy on `score` read through a map fitted on the first `rows` rows of `fit`.
+
+    Raises:
+        UserError: `fit` has fewer rows.
+    """
+    return float(relabelled_correct(fit, score, rows).mean())
+
+
+def relabelled_correct(fit: Evaluation, score: Evaluation, rows: int) -> Bools:
+    """Which rows (N,) of `score` are right, read through a map fitted on `fit`.
 
     Args:
         fit: Labelled rows the attacker has (validation).
@@ -45,7 +55,8 @@ def relabelled_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
     Z, y = first_rows(fit, rows)
     kind = max(READERS, key=lambda name: _cross_validated(name, Z, y))
     test_Z, test_y = _arrays(score)
-    return float((READERS[kind](Z, y)(test_Z) == test_y).mean())
+    right: Bools = READERS[kind](Z, y)(test_Z) == test_y
+    return right
 
 
 def cross_validated_accuracy(fit: Evaluation, rows: int) -> float:

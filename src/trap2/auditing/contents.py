@@ -1,0 +1,206 @@
+"""What an evaluation depends on, by content: the key under which a ledger keeps its logits.
+
+Names of members and tasks are no part of it: the control of one audit may be a partner in another.
+Two evaluations with the same key have the same logits, on one machine to the bit.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from trap2.attacks.attack import load_attacks
+from trap2.auditing.mixture import Mixture, Split
+from trap2.errors import UserError
+from trap2.files import file_digest
+from trap2.recipes import TaskSpec
+from trap2.tasks.data import Rows
+from trap2.update import Update
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""Another version of these may compute other bits."""
+
+COMPUTES = ("trap2.attacks.live", "trap2.tasks.evaluate")
+"""Our modules that every evaluation runs through; they and what they import is its code."""
+
+FOLLOWED = (
+    *("trap2.attacks.", "trap2.tasks.evaluate", "trap2.tasks.model"),
+    *("trap2.update", "trap2.checkpoint", "trap2.naming"),
+)
+REGISTRATION = "trap2.attacks.attack"
+"""Our modules whose source is code that computes; registering, reading and checking computes
+nothing, so that a new attack leaves the others' evaluations valid."""
+
+CONFIGS = ("*.json", "*.txt", "*.model")
+"""Files of a base beside its weights that decide what it computes: configuration, tokenizer."""
+
+
+Input: TypeAlias = tuple[str, str]
+"""The place something is read from, and its digest."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """One evaluation by content.
+
+    Attributes:
+        text: Everything it depends on, as JSON in a fixed form.
+        places: The digests of its inputs, by the place each was read from.
+    """
+
+    text: str
+    places: dict[str, str]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass
+class Contents:
+    """Digests of everything that the evaluations of one arena depend on.
+
+    Attributes:
+        base: Folder of the base.
+        base_digest: Digest of its weights.
+    """
+
+    base: Path
+    base_digest: str
+    _inputs: dict[tuple[str, ...], Input] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        update: Update,
+        task: TaskSpec,
+        rows: Mapping[Split, Rows],
+        unlabelled: int,
+    ) -> None:
+        """Take in one member with its task, the rows of each split, and how many go without labels.
+
+        Attacks that look at rows get that many of the validation rows, under the member's own head.
+        """
+        folder = update.folder
+        digest = _digest([update.digest, _config(folder, "adapter_*")])
+        self._inputs["update", name] = str(folder), digest
+        place = f"the head of {folder} for task '{task.name}'"
+        self._inputs["head", name] = place, _head(update, task)
+        for split, found in rows.items():
+            place = f"the {split} rows of task '{task.name}'"
+            self._inputs["rows", name, split] = place, _row_digest(found, task)
+        seen = rows["validation"].first(unlabelled)
+        place = f"the first {unlabelled} validation rows of task '{task.name}', unlabelled"
+        self._inputs["unlabelled", name] = place, _row_digest(replace(seen, labels=[]), task)
+
+    def of(self, mixture: Mixture, read: str, split: Split) -> Content:
+        """What one evaluation depends on.
+
+        Args:
+            mixture: The merge.
+            read: The member whose head and rows are used.
+            split: Which of its rows.
+
+        Raises:
+            UserError: The attack's source cannot be read.
+        """
+        inputs = {
+            "base": self._base,
+            "code": _code(mixture.attack),
+            "libraries": _libraries(),
+            "head": self._inputs["head", read],
+            "rows": self._inputs["rows", read, split],
+        }
+        needs_data = load_attacks().get(mixture.attack).needs_data
+        given = ["update", "head", "unlabelled"] if needs_data else ["update"]
+        members = [[self._inputs[kind, name] for kind in given] for name in mixture.members]
+        content = {
+            "attack": mixture.attack,
+            "params": mixture.params,
+            "coefficients": mixture.coefficients,
+            "members": [[digest for _, digest in member] for member in members],
+            **{name: digest for name, (_, digest) in inputs.items()},
+        }
+        return Content(
+            json.dumps(content, sort_keys=True), dict([*inputs.values(), *chain(*members)])
+        )
+
+    def places(self, attacks: Iterable[str]) -> dict[str, str]:
+        """The digest of every input of an audit with these attacks, by place."""
+        return dict([self._base, _libraries(), *map(_code, attacks), *self._inputs.values()])
+
+    @cached_property
+    def _base(self) -> Input:
+        configs = [_config(self.base, pattern) for pattern in CONFIGS]
+        return str(self.base), _digest([self.base_digest, *configs])
+
+
+def _digest(parts: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _config(folder: Path, pattern: str) -> dict[str, str]:
+    """Digests of a folder's small files by name; how a release was made is said, not computed."""
+    found = sorted(p for p in folder.glob(pattern) if p.suffix != ".safetensors" and p.is_file())
+    return {path.name: file_digest(path) for path in found if path.name != "trap2.json"}
+
+
+def _head(update: Update, task: TaskSpec) -> str:
+    """Digest of a head: sentences and temperature if it is made of those, else its tensors."""
+    if task.descriptions is not None:
+        return _digest([task.descriptions, task.temperature])
+    tensors = ((name, update.head[name]) for name in sorted(update.head))
+    return _digest([[name, _tensor(value)] for name, value in tensors])
+
+
+def _tensor(value: Tensor) -> list[Any]:
+    plain = value.detach().float().contiguous().numpy()
+    return [list(value.shape), hashlib.sha256(plain.tobytes()).hexdigest()]
+
+
+def _row_digest(rows: Rows, task: TaskSpec) -> str:
+    """Digest of rows in their order, as texts or pixels, with the settings they are read by."""
+    inputs = [value if isinstance(value, str) else _pixels(value) for value in rows.inputs]
+    return _digest([task.kind, task.max_length, len(task.classes), inputs, rows.labels])
+
+
+def _pixels(image: Any) -> list[Any]:
+    return [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+
+
+@cache
+def _libraries() -> Input:
+    return "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+
+
+@cache
+def _code(attack: str) -> Input:
+    """Digest of the source of an attack's module, and of all of ours that it computes with."""
+    waiting = [load_attacks().get(attack).function.__module__, *COMPUTES]
+    sources: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        if name in sources:
+            continue
+        try:
+            sources[name] = inspect.getsource(sys.modules[name])
+        except (OSError, TypeError) as error:
+            raise UserError(
+                f"attack '{attack}' was defined where its source cannot be read, so its "
+                "evaluations cannot be recorded; define it in a file, or audit without a ledger"
+            ) from error
+        imports = (n for n in ast.walk(ast.parse(sources[name])) if isinstance(n, ast.ImportFrom))
+        modules = (node.module or "" for node in imports)
+        waiting += [m for m in modules if m.startswith(FOLLOWED) and m != REGISTRATION]
+    return f"the code of attack '{attack}'", _digest(sources)

@@ -1,0 +1,84 @@
+"""What becomes of a trap that is not finite: it is dropped, and too many of them stop training.
+
+At scales the task was never trained at, a loss or a gradient can overflow where the nominal one
+does not. The nominal step is sound then and goes on alone.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trap2.errors import TrainingStopped
+from trap2.protecting.wrappers import is_sharded
+
+RECENT = 50
+"""Trap passes that are looked back on."""
+
+TOLERATED = 5
+"""Dropped ones among them that training goes on with: 10 %."""
+
+
+class Guard:
+    """Drops trap gradients that are not finite, tensor by tensor, and counts the passes.
+
+    Args:
+        model: The model in training.
+        has_scaler: Whether a gradient scaler is at work: overflowing gradients are its signal to
+            skip the step and scale less, and are left to it.
+
+    Attributes:
+        sound: Whether the last pass was finite.
+        dropped: How many passes were not.
+    """
+
+    def __init__(self, model: nn.Module, has_scaler: bool) -> None:
+        self._model, self._has_scaler = model, has_scaler
+        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._broken: list[Tensor] = []
+        self.sound, self.dropped = True, 0
+
+    def see(self, loss: Tensor) -> None:
+        """Note a trap loss before its backward pass."""
+        self._broken = [~loss.detach().isfinite().all()]
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Around one trap pass, which must call `see`.
+
+        Raises:
+            TrainingStopped: Too many passes have been dropped; or one with sharded parameters,
+                whose gradients cannot be held back.
+        """
+        with ExitStack() as stack:
+            for parameter in self._model.parameters():
+                if parameter.requires_grad and not is_sharded(parameter):
+                    handle = parameter.register_hook(self._held_back)  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
+            yield
+        self.sound = not bool(torch.stack([flag.cpu() for flag in self._broken]).any())
+        self._recent.append(not self.sound)
+        self.dropped += not self.sound
+        if not self.sound and any(is_sharded(p) for p in self._model.parameters()):
+            raise TrainingStopped(
+                "the trap loss is not finite and gradients of sharded parameters cannot be held "
+                "back; training stopped before the weights took it: lower the learning rate or "
+                "the strength"
+            )
+        if sum(self._recent) > TOLERATED:
+            raise TrainingStopped(
+                f"{sum(self._recent)} of the last {len(self._recent)} trap passes were not finite "
+                f"(at most {TOLERATED} of {RECENT} are dropped); training stopped: lower the "
+                "learning rate, the strength or `high`, or compute in bfloat16 or float32"
+            )
+
+    def _held_back(self, grad: Tensor) -> Tensor:
+        broken = self._broken[0]
+        if not self._has_scaler:
+            # One pass without a copy: a sum is finite where its terms are, up to absurd sizes.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            broken = broken | ~grad.sum(dtype=wide).isfinite()
+            self._broken.append(broken)
+        return torch.where(broken.to(grad.device), torch.zeros_like(grad), grad)

@@ -1,0 +1,72 @@
+"""What torch wraps around a model in training: `torch.compile`, DDP and FSDP2 (`fully_shard`).
+
+FSDP2's modules and tensors are told by their methods: to import their classes takes a second, which
+whoever shards nothing need not wait for.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trap2.errors import Unsupported
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and DDP; its parameters are the wrapper's own."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def reducing(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
+    """DDP reduces gradients over processes in the passes run inside only if it is `now`.
+
+    A protected step has several backward passes and needs one reduction: in the last of them.
+    """
+    if now or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may hold only a part of it (a `DTensor`)."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory: all of it, or a shard."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered copies of sharded parameters, so that a change of the shards is seen.
+
+    FSDP2 keeps them where a forward pass was not followed by a backward pass.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "set_reshard_after_forward"):
+            module.reshard()
+
+
+def check_reduced(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse sharded parameters whose gradients a backward pass has left unreduced.
+
+    Raises:
+        Unsupported: `set_requires_gradient_sync(False)` is on.
+    """
+    sharded = [p for p in parameters if is_sharded(p)]
+    if sharded and all(p.grad is None for p in sharded):
+        raise Unsupported(
+            "no sharded parameter has a gradient after backward; protection scales reduced "
+            "gradients: leave set_requires_gradient_sync at True while accumulating"
+        )

@@ -1,0 +1,148 @@
+"""Suites: attackers that stay what they are, so that two audits compare by a name.
+
+A suite fixes everything that decides which merges are tried: the attacks, the values of their
+coefficients and parameters, what is done with one coefficient per model, and how the search goes on
+from there. Rows, labelled rows and the share the partners must keep stay settings of the audit; the
+record holds them.
+
+A suite is never changed: another choice is another version, under a name of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trap2.errors import UserError
+from trap2.registry import did_you_mean
+
+SUM = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
+"""Coefficients for merges that add up: the updates stay at about their coefficient's scale."""
+
+MEAN = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""Coefficients for merges that average: each update stays well below its coefficient's scale."""
+
+WAY = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Places on the way from one model to another."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attack of a suite.
+
+    Attributes:
+        attack: Its name.
+        coefficients: Values of the shared coefficient.
+        grid: Values of its own parameters.
+        per_model: Whether it is also tried with one coefficient per model (T3).
+    """
+
+    attack: str
+    coefficients: tuple[float, ...]
+    grid: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    per_model: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A frozen attacker.
+
+    Attributes:
+        name: What it is called; a changed suite has another name.
+        trials: The attacks, in the order in which they are tried.
+        t3_values: Coefficients tried for each model in T3.
+        t3_starts: Coefficients of the partners beside the release at 1, from which T3 starts.
+        t3_sweeps: Passes of coordinate descent.
+        refine: Rounds of looking halfway between the best mixtures and their neighbours.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    t3_values: tuple[float, ...]
+    t3_starts: tuple[float, ...]
+    t3_sweeps: int
+    refine: int
+
+    def settings(self) -> dict[str, Any]:
+        """What it fixes, as the keys of `attacker` in an audit."""
+        return {
+            "attacks": [trial.attack for trial in self.trials],
+            "coefficients": {trial.attack: list(trial.coefficients) for trial in self.trials},
+            "grids": {
+                trial.attack: {key: list(values) for key, values in trial.grid}
+                for trial in self.trials
+                if trial.grid
+            },
+            "t3_attacks": [trial.attack for trial in self.trials if trial.per_model],
+            "t3_values": list(self.t3_values),
+            "t3_starts": list(self.t3_starts),
+            "t3_sweeps": self.t3_sweeps,
+            "refine": self.refine,
+            "budget": None,
+        }
+
+
+QUICK = Suite(
+    name="quick",
+    trials=(
+        Trial("task_arithmetic", (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.2), per_model=True),
+        Trial("ties", (0.0, 1.0, 1.5, 2.0, 3.0), (("density", (0.2,)),)),
+        Trial("dare_ties", (0.0, 1.0, 1.5, 2.0, 3.0), (("drop", (0.5,)), ("seed", (0,)))),
+        Trial("slerp", (0.3, 0.5, 0.7)),
+    ),
+    t3_values=(0.3, 0.5, 0.7, 1.0),
+    t3_starts=(0.3, 0.6),
+    t3_sweeps=1,
+    refine=0,
+)
+"""For development, some minutes for a small encoder: no evidence that a protection holds."""
+
+STANDARD_V1 = Suite(
+    name="standard-v1",
+    trials=(
+        Trial("task_arithmetic", SUM, per_model=True),
+        Trial("ties", MEAN, (("density", (0.1, 0.2, 0.5, 1.0)),), per_model=True),
+        Trial("ties_sum", SUM[::2], (("density", (0.1, 0.2, 0.5, 1.0)),), per_model=True),
+        Trial("dare_ties", MEAN, (("drop", (0.5, 0.9)), ("seed", (0, 1)))),
+        Trial("dare_linear", SUM[::2], (("drop", (0.5, 0.9)), ("seed", (0, 1)))),
+        Trial("della", MEAN, (("density", (0.2, 0.5)), ("epsilon", (0.15,)), ("seed", (0, 1)))),
+        Trial("breadcrumbs", SUM[::2], (("density", (0.15, 0.5)), ("gamma", (0.01,)))),
+        Trial("consensus", SUM[::2], (("strictness", (0.2, 0.4)), ("votes", (1, 2)))),
+        Trial("pcb", MEAN, (("ratio", (0.1, 0.2)),)),
+        Trial("equal_norms", SUM[::2]),
+        Trial("lines", SUM[::2], (("first", (0.3, 0.6, 1.5)),), per_model=True),
+        Trial("layer_groups", SUM[::2], (("early", (0.5, 1.0, 1.5)), ("late", (0.5, 1.0, 1.5)))),
+        Trial("slerp", WAY),
+        Trial("nuslerp", WAY, (("scale", (1.0, 1.4)),)),
+        Trial("karcher", MEAN, per_model=True),
+        Trial("model_stock", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)),
+        Trial("tsv", SUM, per_model=True),
+        Trial("wudi", SUM[::2], (("pull", (0.003, 0.03, 0.3)),)),
+        Trial("iso_c", MEAN),
+        Trial("iso_cts", MEAN, (("common", (0.5, 0.8)),)),
+        Trial("cart", MEAN, (("rank_share", (0.08, 0.32)), ("weight", (1.0,)))),
+        Trial("ties_knots", MEAN, (("density", (0.2, 1.0)),)),
+        Trial("ties_core", MEAN, (("density", (0.2, 1.0)),)),
+    ),
+    t3_values=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 3.0),
+    t3_starts=(0.2, 0.4, 0.6, 0.8),
+    t3_sweeps=2,
+    refine=2,
+)
+"""Every method that needs weights alone, T1 to T3: hours. Iso-C, Iso-CTS and CART are not in T3:
+they decompose again for every choice of coefficients, up to half a minute a merge where updates are
+of full rank."""
+
+SUITES = {suite.name: suite for suite in (QUICK, STANDARD_V1)}
+
+
+def suite(name: str) -> Suite:
+    """Look up a suite.
+
+    Raises:
+        UserError: Nothing has that name.
+    """
+    if name not in SUITES:
+        known = list(SUITES)
+        raise UserError(
+            f"no suite is called '{name}';{did_you_mean(name, known)} known: {', '.join(known)}"
+        )
+    return SUITES[name]

@@ -1,0 +1,82 @@
+"""Suites: each stays what it is, says what it fixes, and contradictions are refused."""
+
+import hashlib
+import json
+
+import pytest
+
+from trap2.attacks.attack import load_attacks
+from trap2.recipes import AttackerSpec
+from trap2.suites import QUICK, STANDARD_V1, SUITES, suite
+
+DIGESTS = {
+    "quick": "5162faafb572c203",
+    "standard-v1": "eca4574f488aa7a9",
+}
+"""Of everything a suite fixes. A suite that changed is another one: give it a new version."""
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_is_what_it_was(name):
+    text = json.dumps([name, suite(name).settings()], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_trial_is_of_an_attack_there_is(name):
+    for trial in suite(name).trials:
+        entry = load_attacks().get(trial.attack)
+        assert [key for key, _ in trial.grid] == list(entry.grid), trial.attack
+        assert not trial.per_model or "T3" in entry.tiers
+        assert any(trial.coefficients)
+
+
+def test_t3_has_no_attack_that_decomposes_for_every_choice_of_coefficients():
+    for one in SUITES.values():
+        slow = ("iso_c", "iso_cts", "cart")
+        assert not [t.attack for t in one.trials if t.per_model and t.attack in slow]
+
+
+def test_the_coefficients_reach_from_0_beyond_1():
+    for trial in STANDARD_V1.trials:
+        assert trial.coefficients[0] == 0
+        assert max(trial.coefficients) > 1 or trial.attack in ("slerp", "nuslerp")
+
+
+def test_who_says_nothing_gets_the_quick_suite():
+    spec = AttackerSpec()
+    assert spec.suite == "quick"
+    assert spec.attacks == [trial.attack for trial in QUICK.trials]
+    assert AttackerSpec(validation_rows=20) == AttackerSpec(suite="quick", validation_rows=20)
+
+
+def test_whoever_chooses_gets_no_suite():
+    for own in ({"attacks": ["ties"]}, {"coefficients": [1.0]}, {"refine": 0}, {"budget": 9}):
+        assert AttackerSpec.model_validate(own).suite is None
+    assert AttackerSpec(refine=0).attacks == AttackerSpec().attacks
+    assert AttackerSpec(refine=0).coefficients is None
+
+
+def test_a_suite_fills_in_what_it_fixes_and_reads_its_own_record():
+    spec = AttackerSpec(suite="standard-v1", partners_keep=0.9)
+    assert spec.attacks[:2] == ["task_arithmetic", "ties"]
+    assert spec.t3_attacks == [t.attack for t in STANDARD_V1.trials if t.per_model]
+    assert spec.partners_keep == 0.9
+    assert AttackerSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"suite": "qick"}, "no suite is called 'qick'; did you mean 'quick'\\? known: quick, sta"),
+        (
+            {"suite": "quick", "attacks": ["ties"]},
+            "attacker.attacks is fixed by the suite 'quick'; remove it, or the suite",
+        ),
+        ({"suite": "quick", "refine": 2}, "attacker.refine is fixed by the suite 'quick'; remove"),
+        ({"suite": 3}, "suite"),
+    ],
+)
+def test_contradictions_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        AttackerSpec.model_validate(given)
