@@ -90,7 +90,6 @@ ATTACKER: dict[str, Any] = {
     },
     "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
     "refine": 0,  # as it was when the results were made
-    "refine": 0,  # the first audits had none
     "validation_rows": 300,
     "test_rows": 500,
 }
