@@ -54,7 +54,7 @@ def main() -> None:
     }
     for part in chosen.parts:
         record[part] = {
-            "figures": parts[part](chosen),
+            "measured": parts[part](chosen),
             "command": " ".join(["python benchmarks/merging.py", *map(shlex.quote, sys.argv[1:])]),
             "notes": chosen.note,
             "threads": torch.get_num_threads(),
@@ -62,8 +62,25 @@ def main() -> None:
             "versions": versions() | {"mergekit": version("mergekit")},
             "created": now(),
         }
+        record.pop("figures", None)
+        record = {"figures": figures(record), **record}
         write_json(out, record)
     print(json.dumps(record, indent=2))
+
+
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """The named numbers: the worst over the attacks measured."""
+    found: dict[str, float] = {}
+    if "coefficient_search" in record:
+        measured = record["coefficient_search"]["measured"]
+        found["coefficient_search_speedup"] = min(m["speed_up"] for m in measured.values())
+    if "beside_mergekit" in record:
+        measured = record["beside_mergekit"]["measured"]
+        pairs = [(measured[name]["trap2"], measured[name]["mergekit"]) for name in MASKING]
+        for key, name in (("seconds_median", "time"), ("peak_mb", "memory")):
+            ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
+            found[f"merge_{name}_ratio_vs_mergekit"] = round(max(ratios), 3)
+    return found
 
 
 def _arguments() -> argparse.Namespace:
