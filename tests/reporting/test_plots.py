@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import matplotlib
 import pytest
@@ -171,6 +172,19 @@ def test_summary_is_a_picture_and_the_same_each_time(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 2 * picture.height
+
+
+def test_every_tier_has_its_own_place_under_the_summary():
+    report = build_report()
+    tiers = report.tiers | dict.fromkeys(("T4", "T5"), report.tiers["T3"])
+    figure = plots.summary(report.model_copy(update={"tiers": tiers})).figure
+    figure.draw_without_rendering()
+    labels = figure.axes[1].get_xticklabels()
+    assert [label.get_text()[:2] for label in labels] == ["T1", "T2", "T3", "T4", "T5"]
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    legend = figure.axes[1].get_legend().get_window_extent()
+    assert all(box.y0 > legend.y1 for box in boxes)
 
 
 @pytest.mark.parametrize("report", [build_report(), with_intervals(build_report())])

@@ -10,10 +10,10 @@ from trap2.reporting.words import clean, percent, retained_interval
 from trap2.schema import Report
 
 _POWERS = {
-    "T1": "one coefficient",
-    "T2": "+ re-labelling",
-    "T3": "+ one per model",
-    "T4": "+ unlabelled rows",
+    "T1": "one\ncoefficient",
+    "T2": "+ re-\nlabelling",
+    "T3": "+ one\nper model",
+    "T4": "+ rows,\nunlabelled",
     "T5": "+ training",
 }
 
@@ -28,7 +28,7 @@ def summary(report: Report) -> Drawing:
     _draw_tiers(right, report)
     right.set_title("Merged: skill the attacker keeps", loc="left", fontsize=12)
     for axes in (left, right):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     name, task = clean(report.release.name, 50), clean(report.release.task, 24)
     figure.suptitle(f"{name}, task {task}", x=0.01, ha="left", fontsize=13)
     kept = ", ".join(
