@@ -66,11 +66,10 @@ TASKS: dict[str, dict[str, str]] = {
     },
 }
 
-PAPER = asdict(Trap2Config.preset("paper"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "all-rows": {"fraction": 1.0, "memory": 0},
-    "paper": {key: value for key, value in PAPER.items() if key != "scale_seed"},
+    "fast": {"preset": "fast"},
+    "paper": {"preset": "paper"},
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
     "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},
     "decoy": {"loss": "decoy", "readout_weight": 0.0},
