@@ -14,7 +14,7 @@ from trainees import llama, lora, ragged
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.trainer import protect_trainer
 
-CONFIG = Trap2Config(warmup=2, ramp=3, closing=3, fraction=0.5, scales_per_step=2)
+CONFIG = Trap2Config(warmup=2, ramp=3, closing=3, fraction=0.5, memory=16, scales_per_step=2)
 
 
 def dropping() -> nn.Module:

@@ -40,6 +40,7 @@ def test_a_script_reads_the_settings_beside_the_trainers_own() -> None:
         ({"readout_weight": -1.0}, "must be finite and 0 or more"),
         ({"fraction": 0.0}, r"must lie in \(0, 1\]"),
         ({"fraction": 1.1}, r"must lie in \(0, 1\]"),
+        ({"memory": -1}, "must be 0 or more"),
         ({"scales_per_step": 0}, "must be 1 or more"),
         ({"warmup": -1}, "must be 0 or more"),
         ({"ramp": -5}, "must be 0 or more"),
@@ -87,6 +88,11 @@ def test_the_draws_close_in_on_scale_1_after_the_ramp() -> None:
     far = [abs(config.law_at(4).draw(seed, 4)[0] - 1) > config.near for seed in range(200)]
     near = [abs(config.law_at(9).draw(seed, 9)[0] - 1) > config.near for seed in range(200)]
     assert sum(far) > 1.3 * sum(near)
+
+
+def test_the_fast_preset_is_the_default_on_a_fifth_of_the_rows() -> None:
+    assert Trap2Config.preset("fast") == Trap2Config(fraction=0.2, memory=128)
+    assert Trap2Config.preset("default") == Trap2Config() == Trap2Config(fraction=1.0, memory=0)
 
 
 def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:
