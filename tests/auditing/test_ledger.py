@@ -238,7 +238,7 @@ def test_an_audit_killed_again_and_again_ends_in_the_same_record(shelf, tmp_path
     path = pico.write_yaml(tmp_path / "audit.yaml", settings)
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-c", KILLS, "audit", str(path), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, check=True, timeout=300
     )
