@@ -19,6 +19,7 @@ only, above what the imports take (on a GPU: the allocator's peak). Writes `resu
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -275,7 +276,7 @@ def main() -> None:
             )
             record = {
                 "figures": figures(runs),
-                "command": "python benchmarks/step_cost.py",
+                "command": shlex.join(["python", "benchmarks/step_cost.py", *sys.argv[1:]]),
                 "machine": machine(),
                 "versions": versions(),
                 "seeds": [0],
