@@ -78,6 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 STEPS = 600
+PRECISION = "bfloat16"  # of training and evaluations; the first runs were in float32
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
 ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic", "ties", "dare_ties"],
@@ -88,6 +89,7 @@ ATTACKER: dict[str, Any] = {
         "dare_ties": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
     },
     "grids": {"ties": {"density": [0.2]}, "dare_ties": {"drop": [0.5]}},
+    "precision": PRECISION,
     "refine": 0,  # as it was when the results were made
     "validation_rows": 300,
     "test_rows": 500,
@@ -155,7 +157,11 @@ def _recipe(
         "base": str(encoder_folder()),
         "task": _task(data, task),
         "method": method,
-        "training": {"steps": STEPS, "learning_rate": LEARNING_RATE[method]},
+        "training": {
+            "steps": STEPS,
+            "learning_rate": LEARNING_RATE[method],
+            "precision": PRECISION,
+        },
         "trap2": {"strength": 0} if setting == "control" else SETTINGS[setting],
         "seed": seed,
     }
@@ -202,7 +208,8 @@ def _summary(report: Report) -> dict[str, Any]:
     attacks += ("unconstrained_retained", "control_params", "control_admissible")
     attacks += ("control_merged", "control_retained", "partners")
     return {key: record[key] for key in kept} | {
-        "attacks": [{key: entry[key] for key in attacks} for entry in record["attacks"]]
+        "precision": record["settings"]["precision"],
+        "attacks": [{key: entry[key] for key in attacks} for entry in record["attacks"]],
     }
 
 
@@ -279,10 +286,12 @@ def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
 
 def table(runs: dict[str, Any]) -> str:
     """Markdown, one line a run."""
-    head = "| method | setting | task | seed | base | control | standalone | utility cost |"
-    head += " U(T1) | U(T2, 30) | U(T2, 300) | U(T3) | control U: T1 | T2, 300 | T3 |"
+    head = "| method | setting | task | seed | precision | base | control | standalone |"
+    head += (
+        " utility cost | U(T1) | U(T2, 30) | U(T2, 300) | U(T3) | control U: T1 | T2, 300 | T3 |"
+    )
     head += " R, partners ignored: T2, 300 | T3, 300 |\n"
-    lines = [head + "|---" * 17 + "|"]
+    lines = [head + "|---" * 18 + "|"]
     for key, run in sorted(runs.items()):
         refs, tiers = run["references"], run["tiers"]
         numbers = [refs["base"], refs["control"], refs["standalone"], run["utility_cost"]]
@@ -290,7 +299,8 @@ def table(runs: dict[str, Any]) -> str:
         numbers += [tiers["T3"]["unmergeability"], 1 - _kept(run, "T1", 0, CONTROL)]
         numbers += [1 - _kept(run, "T2", 300, CONTROL), tiers["T3"]["control_unmergeability"]]
         numbers += [_kept(run, "T2", 300, IGNORING), _kept(run, "T3", 300, IGNORING)]
-        cells = [*key.split("/"), *(f"{100 * n:.1f}" for n in numbers)]
+        cells = [*key.split("/"), run.get("precision", "float32")]
+        cells += [f"{100 * n:.1f}" for n in numbers]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

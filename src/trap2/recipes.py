@@ -6,7 +6,7 @@ and the remedy. Relative paths are relative to the file they stand in.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -22,6 +22,8 @@ from trap2.errors import UserError
 from trap2.registry import did_you_mean
 from trap2.schema import Thresholds
 from trap2.suites import QUICK, suite
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 class Settings(BaseModel):
@@ -104,6 +106,9 @@ class TrainingSpec(Settings):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
+    precision: Precision = Field(
+        "float32", description="bfloat16: mixed precision, weights and optimizer in float32"
+    )
     evaluate_every: int = Field(100, ge=1, description="steps between checkpoints")
     batch_by_length: bool = Field(True, description="batches of like length: less padding")
 
@@ -172,6 +177,9 @@ class AttackerSpec(Settings):
         [0.5, 1.0], min_length=1, description="shared coefficients of its merges"
     )
     partners_keep: float = Field(0.95, gt=0, le=1)
+    precision: Precision = Field(
+        "float32", description="of every evaluation; merges are made in float32"
+    )
     validation_rows: int = Field(300, ge=10)
     test_rows: int = Field(500, ge=10)
 

@@ -159,6 +159,13 @@ def test_labels_are_no_part_of_what_an_attack_sees(arenas):
     assert seen[0][1] != seen[1][1]
 
 
+def test_another_precision_is_another_key(arenas, shelf):
+    settings = shelf.audit("lora")
+    settings["attacker"].update(precision="bfloat16")
+    changed = contents_of(settings).of(MIXTURE, RELEASE, "test")
+    assert changed.key != arenas["lora"]._contents.of(MIXTURE, RELEASE, "test").key
+
+
 def test_another_head_is_another_key(arenas):
     known = arenas["full"]._contents
     base = Mixture("task_arithmetic", ("b",), (1.0,))

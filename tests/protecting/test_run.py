@@ -224,6 +224,34 @@ def test_a_release_opens_as_an_update_of_its_base(releases: Any, head: str, meth
         assert not any("conv_3x3" in name for name in moved)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_in_mixed_precision_it_trains_in_bfloat16_and_releases_float32(
+    text: Callable[..., Recipe], tmp_path: Path, method: str
+) -> None:
+    kinds: set[torch.dtype] = set()
+    linear = torch.nn.functional.linear
+
+    def watched(*given: Tensor) -> Tensor:
+        result = linear(*given)
+        kinds.add(result.dtype)
+        return result
+
+    updates = {}
+    for precision in ("float32", "bfloat16"):
+        recipe = text(method=method, training={"precision": precision})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", watched)
+            kinds.clear()
+            run.protect(recipe, tmp_path / precision, quiet=True)
+        assert (torch.bfloat16 in kinds) == (precision == "bfloat16")
+        updates[precision] = dict(Update.open(tmp_path / precision, recipe.base))
+    exact, mixed = updates.values()
+    assert all(value.dtype == torch.float32 for value in mixed.values())
+    assert any(not torch.equal(exact[name], mixed[name]) for name in exact)
+    one, other = (torch.cat([u[name].flatten() for name in exact]) for u in (exact, mixed))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.8
+
+
 @pytest.mark.parametrize(("head", "method"), KINDS)
 def test_the_record_tells_how_a_release_was_made(releases: Any, head: str, method: str) -> None:
     out, recipe, trained = releases(head, method)

@@ -31,13 +31,30 @@ def test_rows_keep_their_order_although_batched_by_length(
 ) -> None:
     model, inputs = parts
     rows = Rows(TEXTS, [i % 3 for i in range(len(TEXTS))])
-    result = Evaluator(model, inputs, rows, batch_size)()
+    result = Evaluator(model, inputs, rows, batch_size=batch_size)()
     assert result.logits.dtype == torch.float32
     assert result.labels.tolist() == rows.labels
     for text, logits in zip(TEXTS, result.logits, strict=True):
         with torch.no_grad():
             alone = model(**inputs.batch(inputs.encode([text]))).logits[0]
         assert torch.allclose(alone, logits, atol=1e-4)
+
+
+def test_in_bfloat16_the_model_runs_under_autocast_and_its_weights_stay(
+    parts: tuple[nn.Module, Inputs],
+) -> None:
+    model, inputs = parts
+    rows = Rows(TEXTS[:4], [0] * 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exact, mixed = (Evaluator(model, inputs, rows, p)().logits for p in ("float32", "bfloat16"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        order = sorted(range(4), key=lambda i: len(inputs.encode([TEXTS[i]])[0]))
+        by_hand = model(**inputs.batch(inputs.encode([TEXTS[i] for i in order]))).logits
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed[order], by_hand.float())
+    assert not torch.equal(exact, mixed)
+    assert torch.allclose(exact, mixed, atol=0.3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -23,7 +23,7 @@ from trap2.auditing.mixture import Split as Split
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
-from trap2.recipes import AuditSpec, TaskSpec
+from trap2.recipes import AuditSpec, Precision, TaskSpec
 from trap2.tasks.data import load_rows
 from trap2.tasks.evaluate import Evaluation, Evaluator
 from trap2.tasks.model import Inputs, base_folder, build, load_encoder, load_head
@@ -63,6 +63,7 @@ class Member:
         encoder: nn.Module,
         rows: Mapping[Split, int],
         seed: int,
+        precision: Precision = "float32",
     ) -> None:
         self.task = task
         self.update = Update.open(path, base)
@@ -75,7 +76,7 @@ class Member:
             split: load_rows(task, split, seed).first(count) for split, count in rows.items()
         }
         self.evaluators = {
-            split: Evaluator(model, inputs, found) for split, found in self.rows.items()
+            split: Evaluator(model, inputs, found, precision) for split, found in self.rows.items()
         }
 
 
@@ -112,7 +113,8 @@ class Arena:
         }
 
         def member(path: Path, task: TaskSpec) -> Member:
-            return Member(path, task, base, self.encoder, rows, spec.seed)
+            precision = spec.attacker.precision
+            return Member(path, task, base, self.encoder, rows, spec.seed, precision)
 
         self.members = {RELEASE: member(spec.release.path, spec.release.task)}
         if spec.control is not None:
@@ -202,10 +204,10 @@ class Arena:
 
     @cached_property
     def _contents(self) -> Contents:
-        contents = Contents(self.base.folder, self.base.digest)
-        unlabelled = self.spec.attacker.unlabelled_rows
+        tried = self.spec.attacker
+        contents = Contents(self.base.folder, self.base.digest, tried.precision)
         for name, member in self.members.items():
-            contents.add(name, member.update, member.task, member.rows, unlabelled)
+            contents.add(name, member.update, member.task, member.rows, tried.unlabelled_rows)
         return contents
 
     @contextmanager

@@ -23,7 +23,7 @@ from trap2.attacks.attack import load_attacks
 from trap2.auditing.mixture import Mixture, Split
 from trap2.errors import UserError
 from trap2.files import file_digest
-from trap2.recipes import TaskSpec
+from trap2.recipes import Precision, TaskSpec
 from trap2.tasks.data import Rows
 from trap2.update import Update
 
@@ -74,10 +74,12 @@ class Contents:
     Attributes:
         base: Folder of the base.
         base_digest: Digest of its weights.
+        precision: Of the evaluations.
     """
 
     base: Path
     base_digest: str
+    precision: Precision = "float32"
     _inputs: dict[tuple[str, ...], Input] = field(default_factory=dict)
 
     def add(
@@ -128,6 +130,7 @@ class Contents:
         content = {
             "attack": mixture.attack,
             "params": mixture.params,
+            "precision": self.precision,
             "coefficients": mixture.coefficients,
             "members": [[digest for _, digest in member] for member in members],
             **{name: digest for name, (_, digest) in inputs.items()},

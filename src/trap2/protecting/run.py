@@ -83,7 +83,8 @@ def protect(
     encoder = load_encoder(base)
     inputs = Inputs(base, recipe.task)
     model = build(base, recipe.task, encoder, inputs)
-    validation = Evaluator(model, inputs, load_rows(recipe.task, "validation", recipe.seed))
+    rows = load_rows(recipe.task, "validation", recipe.seed)
+    validation = Evaluator(model, inputs, rows, recipe.training.precision)
     base_leak = cross_validated_accuracy(validation(), len(validation.labels))
     data = EncodedRows(inputs, load_rows(recipe.task, "train", recipe.seed))
     if recipe.training.gradient_checkpointing:
@@ -207,6 +208,7 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         warmup_steps=spec.lr_warmup_steps,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
+        bf16=spec.precision == "bfloat16",
         train_sampling_strategy="group_by_length" if by_length else "random",
         seed=recipe.seed,
         save_steps=spec.evaluate_every,

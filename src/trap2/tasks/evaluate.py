@@ -41,11 +41,20 @@ class Evaluator:
         model: Gives `.logits`.
         inputs: The task's tokenizer or image processor.
         rows: What to evaluate on.
+        precision: "bfloat16" runs the model under autocast; its weights stay as they are.
         batch_size: Rows per forward pass.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, rows: Rows, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        rows: Rows,
+        precision: str = "float32",
+        batch_size: int = 64,
+    ) -> None:
         self.model, self.inputs = model, inputs
+        self._mixed = precision == "bfloat16"
         self._encoded = inputs.encode(list(rows.inputs))
         self.labels = torch.tensor(rows.labels)
         order = range(len(rows))
@@ -65,8 +74,10 @@ class Evaluator:
         training = self.model.training
         self.model.eval()
         logits: Tensor | None = None
+        device = next(self.model.parameters()).device.type
         for batch in self._batches:
-            output = self.model(**self.batch(batch)).logits
+            with torch.autocast(device, torch.bfloat16, enabled=self._mixed):
+                output = self.model(**self.batch(batch)).logits
             if logits is None:
                 logits = torch.zeros(len(self.labels), output.shape[1])
             logits[list(batch)] = output.float().cpu()
