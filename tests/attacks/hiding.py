@@ -41,7 +41,7 @@ NAMES = {
 }
 RIVALS = {
     "permuted": ("units", "heads"),
-    "scaled": ("scale", "glu"),
+    "scaled": ("units", "scale", "glu"),
     "rotated": ("rotation",),
     "mixed": ("invertible",),
     "all": ("units", "heads", "invertible", "glu"),

@@ -20,8 +20,9 @@ from torch import Tensor
 Solve: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From X (blocks, h, m), Y (blocks, h, n), X0 and Y0 to M (blocks, h, h)."""
 
-STEPS = 20
-"""Gauss-Newton steps; few are needed where the release is near its base in some basis."""
+STEPS, SETTLED = 20, 1e-14
+"""Gauss-Newton steps at most, and the share of change that is none; few steps are needed where the
+release is near its base in some basis."""
 
 NEAR = 2.0
 """A smaller kind of change is taken if it comes so near, as a multiple of the least distance. So a
@@ -55,15 +56,18 @@ def invertible(X: Tensor, Y: Tensor, X0: Tensor, Y0: Tensor) -> Tensor:
     start = _sound(P @ torch.linalg.pinv(A, hermitian=True))
     other = _sound(_dual(_sound(Q @ torch.linalg.pinv(B, hermitian=True))))
     M = torch.where(_wide(left(other) < left(start)), other, start)
-    step = torch.ones_like(left(M))
+    length, step = left(M), torch.ones_like(left(M))
     for _ in range(STEPS):
         S = _dual(M)
         now, dual = M @ A @ M.mH, S @ B @ S.mH
         E = _sylvester(dual, now, P @ M.mH - now - (Q @ S.mH).mH + dual)
         moved = torch.linalg.matrix_exp(_wide(step) * E) @ M
-        better = left(moved) < left(M)
-        M = torch.where(_wide(better), moved, M)
+        change = left(moved) - length
+        better = change < 0
+        M, length = torch.where(_wide(better), moved, M), length + change.clamp_max(0.0)
         step = torch.where(better, 1.0, step / 2)
+        if bool((change.abs() <= SETTLED * length.abs()).all()):
+            break
     return M
 
 
