@@ -29,7 +29,7 @@ SURFACE = {
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
     "attack": [
         *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
-        *("--param", "--out", "--as", "--overwrite"),
+        *("--param", "--undo", "--out", "--as", "--overwrite"),
     ],
     "audit": [*("audit", "--out", "--suite", "--set", "--overwrite", "--ledger", "--require")],
     "combine": ["reports", "--out", "--overwrite"],
@@ -76,7 +76,7 @@ def test_every_command_has_help(capsys, arguments):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     for name in SURFACE[arguments[0]] if arguments else SURFACE:
-        assert name.replace("what", "{attacks,losses}") in shown
+        assert name.replace("what", "{attacks,losses,undos}") in shown
 
 
 def test_the_version_is_that_of_the_package(capsys):
@@ -160,8 +160,9 @@ def test_an_audit_with_a_suite_keeps_to_it(capsys, shelf, tmp_path):
     assert message in in_one_line(capsys.readouterr().err)
 
 
-def test_losses_are_listed_with_what_they_do(capsys):
-    assert main(["list", "losses"]) == 0
+@pytest.mark.parametrize("what", ["losses", "undos"])
+def test_losses_and_ways_to_undo_are_listed_with_what_they_do(capsys, what):
+    assert main(["list", what]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 2
     assert all(len(line.split()) > 2 for line in lines)
@@ -245,6 +246,10 @@ def test_a_merge_as_an_adapter_of_releases_without_a_head(capsys, shelf, tmp_pat
     assert sorted(p.name for p in out.iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors", "merge.json")
     ]
+    undo = ["--undo", "nearest", "--coefficient", "0.5", "--out", str(tmp_path / "undone")]
+    assert main([*arguments, *undo]) == 2
+    message = "undo 'nearest' changes whole weights, which no adapter of the updates' ranks holds"
+    assert message in in_one_line(capsys.readouterr().err)
 
 
 def test_an_audit_replaces_a_report_only_when_asked(capsys, shelf, tmp_path):

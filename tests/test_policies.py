@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("trap2.reporting.plots",),
     "jinja2": ("trap2.reporting.html",),
     "sklearn": ("trap2.tasks.relabel", "trap2.tasks.probe"),
-    "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine"),
+    "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine", "trap2.attacks.matching"),
     "model_signing": ("trap2.signing",),
     "mergekit": (),
     "trl": (),

@@ -160,6 +160,9 @@ class AttackerSpec(Settings):
     budget: int | None = Field(
         None, ge=1, description="mixtures tried at most for each attack on each side"
     )
+    undo: str | None = Field(
+        None, description="bring every release into the base's basis first: nearest, anchor_guided"
+    )
     relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
     data_attacks: list[str] = Field([], description="tier T4: attacks on unlabelled rows")
     unlabelled_rows: int = Field(100, ge=2, description="validation rows of every task, for T4")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from attacks.hiding import hide_folder
 from auditing.shelf import Shelf, stock
 from trap2.attacks import merged_model
 from trap2.attacks.attack import merge
@@ -73,6 +74,27 @@ def opened(shelf: Shelf, kind: str) -> list[Update]:
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("attack", "params"), [("task_arithmetic", {}), ("slerp", {})])
+def test_hidden_releases_are_undone_before_they_are_merged(shelf, tmp_path, attack, params):
+    release, partner = opened(shelf, "full")
+    place = hide_folder(release.folder, tmp_path / "hidden", "bert", 2, 2, "permuted")
+    hidden = [Update.open(place, shelf.base), partner]
+    want = write_merge(tmp_path / "want", attack, [release, partner], 0.5, params)
+    out = write_merge(tmp_path / "out", attack, hidden, 0.5, params, undo="nearest")
+    assert json.loads((out / "merge.json").read_text())["undo"] == "nearest"
+    expected = load_file(want / "model.safetensors")
+    for name, tensor in load_file(out / "model.safetensors").items():
+        close(tensor, expected[name])
+
+
+def test_an_average_of_releases_is_a_release_again(shelf, tmp_path):
+    updates = opened(shelf, "full")
+    out = write_merge(tmp_path / "mean", "task_arithmetic", updates, 0.5, {})
+    mean, deltas = dict(Update.open(out, shelf.base)), [dict(update) for update in updates]
+    for name, delta in mean.items():
+        close(delta, 0.5 * deltas[0][name] + 0.5 * deltas[1][name])
 
 
 def test_full_releases_become_a_classifier_with_the_releases_head(shelf, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import pico
+from attacks.hiding import hide_folder
 from auditing.shelf import Shelf
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Mixture
 from trap2.errors import UserError
@@ -109,6 +110,25 @@ def test_a_mixture_is_what_its_attack_makes_of_the_updates(arenas):
     torch.testing.assert_close(held, expected, rtol=0, atol=1e-6)
 
 
+def test_a_hidden_release_is_undone_for_every_merge_and_read_as_released(arenas, shelf, tmp_path):
+    place = hide_folder(shelf.release("full", "release"), tmp_path / "h", "bert", 2, 2, "permuted")
+    settings = [shelf.audit("full"), shelf.audit("full", undo="nearest")]
+    for spec in settings:
+        spec["release"]["path"] = str(place)
+    plain = arenas["full"]
+    hidden, undone = (Arena(AuditSpec.model_validate(spec)) for spec in settings)
+    mixture = Mixture("task_arithmetic", (RELEASE, "b"), (0.5, 0.5))
+    for asked, same in ((plain.alone(RELEASE), True), (mixture, False)):
+        want, seen, found = (
+            arena.evaluate(asked, RELEASE, "test").logits for arena in (plain, hidden, undone)
+        )
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(seen, want, rtol=1e-3, atol=1e-3) is same
+    one, other = (arena._contents.of(mixture, RELEASE, "test") for arena in (hidden, undone))
+    assert one.key != other.key
+    assert f"{place}, undone by nearest" in other.places
+
+
 def test_the_same_mixture_is_run_once(shelf):
     heard: list[str] = []
     progress = Progress(heard.append, lambda: heard.append("tick"))
@@ -176,7 +196,12 @@ def fewer_classes(spec, shelf, folder):
     task["classes"] = [*task["classes"], "fourth"]
 
 
+def unknown_undo(spec, shelf, folder):
+    spec["attacker"]["undo"] = "near"
+
+
 REFUSED = [
+    (unknown_undo, "no undo is called 'near'; did you mean 'nearest'"),
     (renamed_partner("control"), "called 'control', which the report keeps for the audited contr"),
     (renamed_partner("base"), "a partner's task is called 'base', .* rename the task"),
     (wide_partner, r"has shape \(24,\), but \(16,\) in the base .* trained on"),

@@ -238,7 +238,7 @@ def merge(
     if chosen.needs_base:
         given["base"] = _base_of(chosen, vectors, updates, base)
     else:
-        _common_base(updates)
+        common_base(updates)
     if chosen.needs_data:
         _check_data(chosen, data, len(updates))
         given["data"] = data
@@ -298,8 +298,12 @@ def _check_params(chosen: Attack, params: Mapping[str, Setting]) -> None:
             )
 
 
-def _common_base(updates: Sequence[Update | Mapping[str, Tensor]]) -> Checkpoint | None:
-    """The base that all `Update`s among the updates were opened with."""
+def common_base(updates: Sequence[Update | Mapping[str, Tensor]]) -> Checkpoint | None:
+    """The base that all `Update`s among the updates were opened with.
+
+    Raises:
+        UserError: They were opened with different ones.
+    """
     bases = {u.base.folder.resolve(): u.base for u in updates if isinstance(u, Update)}
     first, *others = bases.values() or (None,)
     for other in others:
@@ -318,7 +322,7 @@ def _base_of(
     base: Checkpoint | Mapping[str, Tensor] | None,
 ) -> Tensors:
     """The base tensors for an attack that needs them, all of those that the updates change."""
-    found = _common_base(updates) if base is None else base
+    found = common_base(updates) if base is None else base
     if found is None:
         raise UserError(
             f"attack '{chosen.name}' interpolates whole weights, but the updates given name no "

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trap2.attacks.attack import load_attacks, merge
+from trap2.attacks.attack import common_base, load_attacks, merge
 from trap2.attacks.merged_adapter import check_adapter, write_adapter
 from trap2.attacks.merged_model import write_model
+from trap2.attacks.undo import undone
 from trap2.errors import UserError
 from trap2.files import nested, new_folder, read_json, refuse_existing, write_json
 from trap2.provenance import now, versions
@@ -22,6 +23,7 @@ def write_merge(
     coefficients: float | Sequence[float],
     params: Mapping[str, Any],
     *,
+    undo: str | None = None,
     form: Form = "model",
     overwrite: bool = False,
 ) -> Path:
@@ -35,6 +37,7 @@ def write_merge(
         updates: The release first, then its partners.
         coefficients: One shared coefficient, or one per model.
         params: The attack's hyper-parameters.
+        undo: How every update is brought into the base's basis first, if at all (`undo.UNDOS`).
         form: A whole model that transformers loads, or a peft adapter.
         overwrite: Replace a folder that is there.
 
@@ -51,7 +54,9 @@ def write_merge(
             f"attack '{attack}' looks at unlabelled rows of every task, which no release holds; "
             "audit with it in attacker.data_attacks, or take another"
         )
-    merged = merge(entry, updates, coefficients, **params)
+    common_base(updates)
+    vectors = updates if undo is None else [undone(update, undo) for update in updates]
+    merged = merge(entry, vectors, coefficients, base=updates[0].base, **params)
     weights = (
         entry.spread(coefficients, len(updates))
         if isinstance(coefficients, int | float)
@@ -59,6 +64,11 @@ def write_merge(
     )
     if form == "adapter":
         check_adapter(attack, updates)
+        if undo is not None:
+            raise UserError(
+                f"undo '{undo}' changes whole weights, which no adapter of the updates' ranks "
+                "holds; write the whole model with --as model, or leave undo out"
+            )
     release, *partners = updates
     with new_folder(out, overwrite) as folder:
         if form == "adapter":
@@ -69,6 +79,7 @@ def write_merge(
             "attack": attack,
             "coefficients": list(weights),
             "params": dict(params),
+            "undo": undo,
             "head": "of the release, not merged" if release.head else "none",
             "release": {"folder": release.folder.name, "digest": release.digest},
             "partners": [{"folder": p.folder.name, "digest": p.digest} for p in partners],

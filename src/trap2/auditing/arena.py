@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trap2.attacks.attack import load_attacks, merge
 from trap2.attacks.live import LiveModel
+from trap2.attacks.undo import undone
 from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector
 from trap2.auditing.contents import Contents
@@ -50,7 +51,7 @@ class Member:
     Attributes:
         task: Its task.
         update: What it changes.
-        vector: The same, as the attacks take it.
+        vector: The same as the attacks take it, brought into the base's basis where asked for.
         rows: Its task's rows of each split.
         evaluators: Its task's rows in front of the encoder under its own head.
     """
@@ -64,11 +65,13 @@ class Member:
         rows: Mapping[Split, int],
         seed: int,
         precision: Precision = "float32",
+        undo: str | None = None,
     ) -> None:
         self.task = task
         self.update = Update.open(path, base)
         held = self.update.parameters <= HELD_PARAMETERS
-        self.vector = TaskVector.of(dict(self.update) if held else self.update)
+        given = TaskVector.of(self.update) if undo is None else undone(self.update, undo)
+        self.vector = TaskVector.of(dict(given)) if held else given
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
         load_head(model, self.update.head, path)
@@ -113,8 +116,10 @@ class Arena:
         }
 
         def member(path: Path, task: TaskSpec) -> Member:
-            precision = spec.attacker.precision
-            return Member(path, task, base, self.encoder, rows, spec.seed, precision)
+            tried = spec.attacker
+            return Member(
+                path, task, base, self.encoder, rows, spec.seed, tried.precision, tried.undo
+            )
 
         self.members = {RELEASE: member(spec.release.path, spec.release.task)}
         if spec.control is not None:
@@ -207,7 +212,8 @@ class Arena:
         tried = self.spec.attacker
         contents = Contents(self.base.folder, self.base.digest, tried.precision)
         for name, member in self.members.items():
-            contents.add(name, member.update, member.task, member.rows, tried.unlabelled_rows)
+            rows, unlabelled = member.rows, tried.unlabelled_rows
+            contents.add(name, member.update, member.task, rows, unlabelled, tried.undo)
         return contents
 
     @contextmanager

@@ -33,6 +33,9 @@ LIBRARIES = ("torch", "transformers", "tokenizers")
 COMPUTES = ("trap2.attacks.live", "trap2.tasks.evaluate")
 """Our modules that every evaluation runs through; they and what they import is its code."""
 
+UNDO = ("trap2.attacks.undo",)
+"""What an update runs through that is brought into the base's basis."""
+
 FOLLOWED = (
     *("trap2.attacks.", "trap2.tasks.evaluate", "trap2.tasks.model"),
     *("trap2.update", "trap2.checkpoint", "trap2.naming"),
@@ -89,14 +92,18 @@ class Contents:
         task: TaskSpec,
         rows: Mapping[Split, Rows],
         unlabelled: int,
+        undo: str | None = None,
     ) -> None:
         """Take in one member with its task, the rows of each split, and how many go without labels.
 
         Attacks that look at rows get that many of the validation rows, under the member's own head.
+        An update that is brought into the base's basis first depends on how.
         """
         folder = update.folder
-        digest = _digest([update.digest, _config(folder, "adapter_*")])
-        self._inputs["update", name] = str(folder), digest
+        place, parts = str(folder), [update.digest, _config(folder, "adapter_*")]
+        if undo is not None:
+            place, parts = f"{folder}, undone by {undo}", [*parts, undo, _sources(UNDO)]
+        self._inputs["update", name] = place, _digest(parts)
         place = f"the head of {folder} for task '{task.name}'"
         self._inputs["head", name] = place, _head(update, task)
         for split, found in rows.items():
@@ -190,20 +197,25 @@ def _libraries() -> Input:
 @cache
 def _code(attack: str) -> Input:
     """Digest of the source of an attack's module, and of all of ours that it computes with."""
-    waiting = [load_attacks().get(attack).function.__module__, *COMPUTES]
-    sources: dict[str, str] = {}
+    try:
+        sources = _sources((load_attacks().get(attack).function.__module__, *COMPUTES))
+    except (OSError, TypeError) as error:
+        raise UserError(
+            f"attack '{attack}' was defined where its source cannot be read, so its "
+            "evaluations cannot be recorded; define it in a file, or audit without a ledger"
+        ) from error
+    return f"the code of attack '{attack}'", _digest(sources)
+
+
+def _sources(modules: Iterable[str]) -> dict[str, str]:
+    """The source of modules, and of all of ours that they compute with, by name."""
+    waiting, sources = [*modules], dict[str, str]()
     while waiting:
         name = waiting.pop()
         if name in sources:
             continue
-        try:
-            sources[name] = inspect.getsource(sys.modules[name])
-        except (OSError, TypeError) as error:
-            raise UserError(
-                f"attack '{attack}' was defined where its source cannot be read, so its "
-                "evaluations cannot be recorded; define it in a file, or audit without a ledger"
-            ) from error
+        sources[name] = inspect.getsource(sys.modules[name])
         imports = (n for n in ast.walk(ast.parse(sources[name])) if isinstance(n, ast.ImportFrom))
-        modules = (node.module or "" for node in imports)
-        waiting += [m for m in modules if m.startswith(FOLLOWED) and m != REGISTRATION]
-    return f"the code of attack '{attack}'", _digest(sources)
+        found = (node.module or "" for node in imports)
+        waiting += [m for m in found if m.startswith(FOLLOWED) and m != REGISTRATION]
+    return sources

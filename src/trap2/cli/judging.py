@@ -8,6 +8,7 @@ from typing import Any
 
 from trap2.cli.arguments import CHANGES, numbers, parameter, required
 from trap2.errors import UserError
+from trap2.registry import Registry
 
 
 def add_judging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,7 +39,7 @@ def add_judging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def add_list(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """What there is to choose from."""
     listing = commands.add_parser("list", help="list what is built in")
-    listing.add_argument("what", choices=["attacks", "losses"], help="which of them")
+    listing.add_argument("what", choices=["attacks", "losses", "undos"], help="which of them")
     listing.add_argument("--suite", metavar="NAME", help="only this suite's attacks")
     listing.set_defaults(run=_list)
 
@@ -58,6 +59,9 @@ def _add_attack(attack: argparse.ArgumentParser) -> None:
         type=parameter,
         metavar="k=v",
         help="a parameter of the attack; may be given several times",
+    )
+    attack.add_argument(
+        "--undo", metavar="NAME", help="bring every release into the base's basis first"
     )
     attack.add_argument("--out", type=Path, required=True, help="folder to make")
     attack.add_argument(
@@ -96,6 +100,7 @@ def _attack(chosen: argparse.Namespace) -> None:
         updates,
         chosen.coefficient if chosen.coefficients is None else chosen.coefficients,
         dict(chosen.param),
+        undo=chosen.undo,
         form=chosen.form,
         overwrite=chosen.overwrite,
     )
@@ -150,10 +155,12 @@ def _list(chosen: argparse.Namespace) -> None:
         return
     if chosen.suite:
         raise UserError("--suite is about attacks; write: trap2 list attacks --suite NAME")
+    from trap2.attacks.undo import UNDOS
     from trap2.protecting.losses import TRAP_LOSSES
 
-    for name in TRAP_LOSSES:
-        print(f"{name:14} {(TRAP_LOSSES.get(name).__doc__ or '').splitlines()[0]}")
+    known: Registry[Any] = UNDOS if chosen.what == "undos" else TRAP_LOSSES
+    for name in known:
+        print(f"{name:14} {(known.get(name).__doc__ or '').splitlines()[0]}")
 
 
 def _list_attacks(name: str | None) -> None:
