@@ -97,10 +97,64 @@ def test_gradients_are_those_of_the_update_and_add_to_what_is_there(s: float, se
     delta = (model.base + s * b @ model.lora_A["default"] - target).square().sum()
     expected = torch.autograd.grad(delta, [model.lora_A["default"], b])
     b.grad = torch.full_like(b, 7.0)
-    with LiveUpdate(model).at(s):
-        (model.weight() - target).square().sum().backward()
+    with LiveUpdate(model).at(s) as chain:
+        (chain * (model.weight() - target).square().sum()).backward()
     torch.testing.assert_close(model.lora_A["default"].grad, expected[0])
     torch.testing.assert_close(b.grad, expected[1] + 7.0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_that_is_not_scaled_keeps_its_own_gradient(frozen: bool) -> None:
+    """Also where it is most of what is trained, and the chain rule is left to the gradients."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(4, 6).double(), nn.Linear(6, 7 if frozen else 2).double()
+    model = nn.Sequential()
+    model.add_module("body", body)
+    model.add_module("classifier", head)
+    body.weight.requires_grad_(not frozen)
+    update, s = LiveUpdate(model), 0.3
+    assert {item.name for item in update.shared} <= {"body.weight", "body.bias"}
+    origin = [item.origin for item in update.shared]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    scaled = {
+        item.name: w0 + s * (item.parameter - w0)
+        for item, w0 in zip(update.shared, origin, strict=True)
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = torch.func.functional_call(model, scaled, (x,)).square().sum()
+    expected = torch.autograd.grad(loss, trained)
+    with update.at(s) as chain:
+        assert chain == (1.0 if frozen else s)
+        (chain * model(x).square().sum()).backward()
+    for p, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_at_scale_0_the_model_is_the_base_and_only_the_head_has_a_gradient() -> None:
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(3, 3))
+    model.add_module("classifier", nn.Linear(3, 1))
+    update = LiveUpdate(model)
+    origin = model.body.weight.detach().clone()
+    with torch.no_grad():
+        model.body.weight.add_(1.0)
+    with update.at(0.0) as chain:
+        assert torch.equal(model.body.weight, origin)
+        (chain * model(torch.ones(2, 3)).sum()).backward()
+    assert not model.body.weight.grad.any()
+    assert torch.equal(model.classifier.bias.grad, torch.tensor([2.0]))
+
+
+def test_a_backward_pass_after_leaving_raises() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with LiveUpdate(model).at(0.3):
+        loss = model(torch.ones(2, 3)).square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_an_error_inside_leaves_weights_and_hooks_as_they_were() -> None:

@@ -118,6 +118,8 @@ class Case:
         self.scaling = 5 / math.sqrt(3) if (settings or {}).get("use_rslora") else 5 / 3
         self.transposed = bool((settings or {}).get("fan_in_fan_out"))
         self.batch = rows(labels)
+        # transformers computes the loss of a causal model in float32.
+        self.tolerance = 1e-6 if labels is tokens else 1e-10
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.origin = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
@@ -170,7 +172,7 @@ def assert_same_gradient(case: Case, expected: dict[str, Tensor]) -> None:
     for name, p in case.trained.items():
         assert p.grad is not None
         error = (p.grad - expected[name]).norm() / expected[name].norm().clamp_min(floor)
-        assert error < 1e-10, f"{name}: relative error {error:.1e}"
+        assert error < case.tolerance, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("loss", list(TRAP_LOSSES))
@@ -251,9 +253,10 @@ def test_a_step_records_what_it_did() -> None:
     record = trap_step(nominal, scaled, update=update, config=config, step=2)
     assert list(record.scales) == config.law_at(2).draw(0, 2, 3)
     assert record.trap == pytest.approx(1.0)
-    expected = [(part, 0.25 * s**-0.5 / 3) for part, s in enumerate(record.scales)]
+    # All that is trained is scaled here: the loss carries the chain rule's s.
+    expected = [s * 0.25 * s**-0.5 / 3 for s in record.scales]
     assert [part for part, _ in seen] == [0, 1, 2]
-    assert [factor for _, factor in seen] == pytest.approx([factor for _, factor in expected])
+    assert [factor for _, factor in seen] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

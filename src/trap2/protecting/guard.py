@@ -74,11 +74,13 @@ class Guard:
                 "learning rate, the strength or `high`, or compute in bfloat16 or float32"
             )
 
-    def _held_back(self, grad: Tensor) -> Tensor:
+    def _held_back(self, grad: Tensor) -> Tensor | None:
         broken = self._broken[0]
         if not self._has_scaler:
             # One pass without a copy: a sum is finite where its terms are, up to absurd sizes.
             wide = torch.promote_types(grad.dtype, torch.float32)
             broken = broken | ~grad.sum(dtype=wide).isfinite()
             self._broken.append(broken)
+        if grad.device.type == "cpu":  # nothing to wait for: no copy of what is sound
+            return torch.zeros_like(grad) if broken else None
         return torch.where(broken.to(grad.device), torch.zeros_like(grad), grad)

@@ -1,8 +1,8 @@
 """The update being trained, and the model with that update at another scale.
 
 Symbols: W0 origin of a parameter (the base; zero for `lora_B`); p its current value; s scale.
-Inside `LiveUpdate.at(s)` every shared parameter holds W0 + s * (p - W0), in place: no second set of
-weights, no second graph, and gradient checkpointing recomputes with the right weights as long as
+Inside `LiveUpdate.at(s)` every shared parameter holds W0 + s * (p - W0): no second model, no second
+graph, and gradient checkpointing recomputes with the right weights as long as
 the backward pass runs inside too. The map is element-wise: of a sharded parameter each process
 scales its own shard.
 """
@@ -75,41 +75,71 @@ class LiveUpdate:
         return self.shared[0].parameter.device
 
     @contextmanager
-    def at(self, s: float) -> Iterator[None]:
-        """The model with its update at scale s; gradients include the chain-rule factor s.
+    def at(self, s: float) -> Iterator[float]:
+        """The model with its update at scale s.
 
         Run forward and backward inside. On leaving, every parameter is bit-identical to before.
+
+        Yields:
+            What to multiply a loss by before its backward pass: gradients then include the
+            chain-rule factor s, for the update alone. Multiplying the loss saves a pass over most
+            gradients where most of what is trained is scaled.
         """
         reshard(self.model)
-        kept = [local(item.parameter).detach().clone() for item in self.shared]
+        ours = [item.parameter for item in self.shared if item.parameter.requires_grad]
+        ids = {id(parameter) for parameter in ours}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
+        most = s != 0 and _size(ours) > _size(others)  # what a factor 0 took, none brings back
         with ExitStack() as stack:
-            stack.callback(self._put_back, kept)
+            stack.callback(self._settle)
             with torch.no_grad():
                 for item in self.shared:
                     value = local(item.parameter)
-                    if item.origin is None:
-                        value.mul_(s)
-                    else:
-                        value.copy_(torch.lerp(item.origin, value, s))
-            for item in self.shared:
-                if item.parameter.requires_grad:
-                    stack.callback(_chain_rule(item.parameter, s))
+                    scaled = value * s if item.origin is None else item.origin.lerp(value, s)
+                    stack.callback(_hold(item.parameter, scaled))
+            for parameter in others if most else ours:
+                stack.callback(_multiplied(parameter, 1 / s if most else s))
             torch.clear_autocast_cache()
-            yield
+            yield s if most else 1.0
 
-    @torch.no_grad()
-    def _put_back(self, kept: list[Tensor]) -> None:
-        for item, value in zip(self.shared, kept, strict=True):
-            local(item.parameter).copy_(value)
+    def _settle(self) -> None:
         reshard(self.model)
         torch.clear_autocast_cache()
 
 
-def _chain_rule(parameter: nn.Parameter, s: float) -> Callable[[], None]:
-    """Multiply by s the gradients that arrive from now on; returns what ends it."""
+def _size(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+@torch.no_grad()
+def _hold(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
+    """Give a parameter other values; returns what brings back the old ones, bit by bit."""
+    if is_sharded(parameter) or parameter.device.type != "cpu":
+        # In place: CUDA graphs and gathered shards know a parameter by its memory.
+        part = local(parameter)
+        kept = part.detach().clone()
+        part.copy_(value)
+        return lambda: _copy(kept, part)
+    own = parameter.data
+
+    def use(data: Tensor) -> None:
+        parameter.data = data  # other memory: neither a copy of the old values nor one back
+        torch.autograd.graph.increment_version(parameter)  # a backward pass out of place raises
+
+    use(value)
+    return lambda: use(own)
+
+
+@torch.no_grad()
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
+def _multiplied(parameter: nn.Parameter, factor: float) -> Callable[[], None]:
+    """Multiply the gradients that arrive from now on; returns what ends it."""
     if not is_sharded(parameter):
         # A hook on the incoming gradient leaves what .grad holds already untouched.
-        handle = parameter.register_hook(lambda grad: grad * s)  # type: ignore[no-untyped-call]
+        handle = parameter.register_hook(lambda grad: grad * factor)  # type: ignore[no-untyped-call]
         return handle.remove  # type: ignore[no-any-return]
     # Hooks on sharded parameters do not run: what .grad holds waits aside.
     before, parameter.grad = parameter.grad, None
@@ -118,7 +148,7 @@ def _chain_rule(parameter: nn.Parameter, s: float) -> Callable[[], None]:
         if parameter.grad is None:
             parameter.grad = before
             return
-        parameter.grad.mul_(s)
+        parameter.grad.mul_(factor)
         if before is not None:
             parameter.grad.add_(before)
 

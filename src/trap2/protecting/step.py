@@ -52,7 +52,8 @@ def trap_step(
     Args:
         nominal: Runs the user's own forward and backward; returns the loss.
         scaled: `scaled(part, s, factor)` runs forward and backward of `factor * trap` on the rows
-            of one part (of `config.scales_per_step`), whose scale is s; returns the trap loss.
+            of one part (of `config.scales_per_step`), whose scale is s; returns the trap loss. The
+            factor holds the trap's weight and what the chain rule asks of the loss.
         update: The update in training.
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
@@ -72,8 +73,8 @@ def trap_step(
     for part, s in enumerate(scales):
         factor = strength * law.weight(s) / len(scales)
         watching = guard.watch() if guard else nullcontext()
-        with replay(), update.at(s), frozen_statistics(update.model), watching:
-            trap = scaled(part, s, factor)
+        with replay(), update.at(s) as chain, frozen_statistics(update.model), watching:
+            trap = scaled(part, s, factor * chain)
         if guard is None or guard.sound:
             traps.append(_finite(trap, "trap loss", step))
     mean = sum(traps) / len(traps) if traps else None
