@@ -113,7 +113,7 @@ class Protector:
             with reducing(self.model, now=passes == 0):
                 loss = self._forward(self.model, batch).loss
                 self._backward(loss * weight if weight != 1.0 else loss)
-            check_reduced(item.parameter for item in self.update.shared)
+            check_reduced(self.update.parameters)
             return loss
 
         def scaled(part: int, s: float, factor: float) -> Tensor:

@@ -92,7 +92,7 @@ def _finite(loss: Tensor, what: str, step: int) -> float:
 
 def _replayer(update: LiveUpdate) -> Callable[[], AbstractContextManager[None]]:
     """Make a context that replays the random stream from here and then puts the stream back."""
-    device = update.shared[0].parameter.device
+    device = update.device
     cards = [device.index or 0] if device.type == "cuda" else []
     host = torch.get_rng_state()
     states = [torch.cuda.get_rng_state(card) for card in cards]
