@@ -9,7 +9,7 @@ values and gradients, and no weight is touched: the base may be quantised, shard
 It costs each adapted layer one more pass through its base.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trap2.errors import Unsupported
-
 
 class ScaledOutputs:
     """Layers of an adapter whose outputs can be put at another scale.
 
-    Its hooks stay on the layers and do nothing outside `at`. They are made once, because a compiled
-    model sees no hook that is added after its first call; they read the scale from a tensor, so
+    Its hooks stay on the layers and do nothing outside `at`; they read the scale from a tensor, so
     that no scale is compiled anew.
 
     Args:
@@ -35,41 +32,32 @@ class ScaledOutputs:
 
     def __init__(self, layers: Sequence[nn.Module], moved: bool) -> None:
         self.excess = torch.zeros((), dtype=torch.float64)  # s - 1; alone on the CPU it suits all
-        self.active = self._ran = False
+        self.active = False
         for layer in layers:
-            hook = _Hook(self, _initial_product(layer) if moved else None)
+            hook = _Hook(self, _Initial(layer) if moved else None)
             # First in line: a hook of FSDP2 after it gives the base's weights away.
             layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        torch.compiler.reset()  # what was compiled and run before would never see a hook
 
     @contextmanager
     def at(self, s: float) -> Iterator[None]:
-        """Scale the outputs of the forward passes inside; run their backward passes inside too.
-
-        Raises:
-            Unsupported: No hook ran.
-        """
+        """Scale the outputs of the forward passes inside; run their backward passes inside too."""
         self.excess.fill_(s - 1.0)
-        self.active, self._ran = True, False
+        self.active = True
         try:
             yield
         finally:
             self.active = False
-        if not self._ran:
-            raise Unsupported(
-                "no layer of the adapter was scaled: the model had been compiled and run before "
-                "protection; make the protector before the first call of the compiled model"
-            )
 
     def scaled(self, output: Tensor, base: Tensor) -> Tensor:
         """y0 + s * (y - y0), and y bit for bit where s is 1."""
-        self._ran = True
         return output + self.excess * (output - base)
 
 
 class _Hook:
     """The forward hook of one layer."""
 
-    def __init__(self, outputs: ScaledOutputs, initial: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, outputs: ScaledOutputs, initial: "_Initial | None") -> None:
         self.outputs, self.initial = outputs, initial
 
     def __call__(
@@ -83,14 +71,16 @@ class _Hook:
         return self.outputs.scaled(output, base)
 
 
-def _initial_product(layer: Any) -> Callable[[Tensor], Tensor]:
+class _Initial:
     """What a LoRA layer adds to its base's output as it is now."""
-    (name,) = layer.active_adapters
-    down, up = (deepcopy(part[name]).requires_grad_(False) for part in (layer.lora_A, layer.lora_B))
-    scaling = layer.scaling[name]
 
-    def initial(x: Tensor) -> Tensor:
-        product: Tensor = scaling * up(down(x.to(down.weight.dtype)))
+    def __init__(self, layer: Any) -> None:
+        (name,) = layer.active_adapters
+        self.down, self.up = (
+            deepcopy(part[name]).requires_grad_(False) for part in (layer.lora_A, layer.lora_B)
+        )
+        self.scaling = layer.scaling[name]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = self.scaling * self.up(self.down(x.to(self.down.weight.dtype)))
         return product.to(x.dtype)
-
-    return initial
