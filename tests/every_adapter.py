@@ -49,6 +49,8 @@ LORA: dict[str, dict[str, Any]] = {
     "LoRA and a module": lora(modules_to_save=["pooler"]),
     "LoRA and tokens": lora(trainable_token_indices={"word_embeddings": [1, 5]}),
     "LoRA, orthogonal": lora(init_lora_weights="orthogonal"),
+    "LoRA, gaussian": lora(init_lora_weights="gaussian"),
+    "LoRA, eva": lora(init_lora_weights="eva"),
     "LoRA, mica": lora(init_lora_weights="mica"),
 }
 """What is scaled in place."""

@@ -100,6 +100,28 @@ def test_training_scales_what_peft_merges(name: str) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "attention", "LayerNorm", "layer.0", "weight"])
+def test_full_fine_tuning_is_scaled_whatever_is_frozen(frozen: str) -> None:
+    model = bert().double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = frozen not in name
+    W0 = {n: t.clone() for n, t in model.state_dict().items()}
+    update = LiveUpdate(model)
+    move(model)
+    W1, s = model.state_dict(), 0.37
+    oracle = at_scale(W0, W1, s)
+    loss(oracle).backward()
+    with update.at(s):
+        loss(model).backward()
+        torch.testing.assert_close(run(model), run(oracle), rtol=1e-12, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        expected = oracle.get_parameter(name).grad if parameter.requires_grad else None
+        if expected is None:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, s * expected)
+
+
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in OWN_GRADIENT + NO_GRADIENT])
 def test_gradients_are_those_of_the_merged_model(name: str) -> None:
     """Against central differences of L(W0 + s * dW(theta)) along a random direction."""

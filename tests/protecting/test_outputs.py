@@ -5,11 +5,10 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from every_adapter import adapted, move
-from trainees import DECOY, OFF, distance, gradients, llama, ragged, stacked, weights
+from trainees import DECOY, OFF, distance, gradients, lora, ragged, stacked, weights
 from trap2.protecting.protector import Protector
 from trap2.protecting.scaled import LiveUpdate
 
@@ -17,9 +16,7 @@ BATCH = stacked(ragged(4))
 
 
 def dora() -> nn.Module:
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"])
-    return get_peft_model(llama(), config).train()
+    return lora(use_dora=True)
 
 
 def protected(model: nn.Module, called: nn.Module | None = None, steps: int = 3) -> list[Tensor]:

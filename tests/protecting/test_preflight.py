@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from every_adapter import TARGETS, bert
+from every_adapter import TARGETS, bert, move
 from trap2.errors import Unsupported
 from trap2.protecting.preflight import problems
 from trap2.protecting.scaled import LiveUpdate
@@ -109,6 +111,20 @@ def test_tied_weights_under_an_adapter_are_refused(settings: dict) -> None:
         "(tie_word_embeddings=False) before adding it"
     )
     assert LiveUpdate(lora(gpt2(tied=False), **plan)).shared
+
+
+def test_tokens_of_a_tied_embedding_are_scaled_in_both_places() -> None:
+    """peft puts the trained rows on the head too."""
+    ids = torch.tensor([[1, 5, 3, 1]])
+    model = lora(gpt2(), target_modules=["c_attn"], trainable_token_indices={"wte": [1, 5]}).eval()
+    update = LiveUpdate(model)
+    move(model)
+    W0, merged = gpt2().state_dict(), copy.deepcopy(model).merge_and_unload()
+    W1, expected = merged.state_dict(), gpt2().eval()
+    expected.load_state_dict({n: W0[n] + 0.37 * (W1[n] - W0[n]) for n in W0})
+    with update.at(0.37):
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+    torch.testing.assert_close(model(ids).logits, merged.eval()(ids).logits)
 
 
 def test_what_no_release_would_hold_is_refused() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trap2.protecting.wrappers import is_sharded
+
 
 class ScaledOutputs:
     """Layers of an adapter whose outputs can be put at another scale.
@@ -76,11 +78,19 @@ class _Initial:
 
     def __init__(self, layer: Any) -> None:
         (name,) = layer.active_adapters
-        self.down, self.up = (
-            deepcopy(part[name]).requires_grad_(False) for part in (layer.lora_A, layer.lora_B)
-        )
+        self.down, self.up = (_frozen_copy(part[name]) for part in (layer.lora_A, layer.lora_B))
         self.scaling = layer.scaling[name]
 
     def __call__(self, x: Tensor) -> Tensor:
         product: Tensor = self.scaling * self.up(self.down(x.to(self.down.weight.dtype)))
         return product.to(x.dtype)
+
+
+def _frozen_copy(factor: nn.Module) -> Any:
+    """A copy that no optimizer moves, whole where the factor is sharded."""
+    copied = deepcopy(factor).requires_grad_(False)
+    parts: list[tuple[str, Any]] = list(copied.named_parameters())
+    for name, part in parts:
+        if is_sharded(part):
+            setattr(copied, name, nn.Parameter(part.full_tensor(), requires_grad=False))
+    return copied
