@@ -69,6 +69,7 @@ TASKS: dict[str, dict[str, str]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "fast": {"preset": "fast"},
+    "capped": {"preset": "fast", "cap": 1.0},
     "paper": {"preset": "paper"},
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
     "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},

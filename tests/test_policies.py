@@ -16,7 +16,7 @@ Tree = dict[str, str]
 """Sources by dotted module name; a package stands under its own name."""
 
 CORE = (
-    *("errors", "registry", "files", "checkpoint", "naming", "update", "scales"),
+    *("errors", "registry", "files", "checkpoint", "naming", "adapters", "update", "scales"),
     *("schema", "suites", "recipes", "provenance", "progress", "signing"),
 )
 MAY_IMPORT = {
@@ -35,8 +35,8 @@ REPORTING_MAY_IMPORT = ("trap2.schema", "trap2.errors", "trap2.files")
 """Of core, what needs no torch."""
 
 HOMES: dict[str, tuple[str, ...]] = {
-    "peft": ("trap2.protecting",),
-    "transformers": ("trap2.protecting", "trap2.tasks.model"),
+    "peft": ("trap2.protecting", "trap2.adapters"),
+    "transformers": ("trap2.protecting", "trap2.tasks.model", "trap2.adapters"),
     "datasets": ("trap2.tasks.data",),
     "huggingface_hub": ("trap2.tasks.model",),
     "matplotlib": ("trap2.reporting.plots",),

@@ -37,12 +37,17 @@ def facts(done: Path) -> list[dict[str, Any]]:
 def one_process(name: str, folder: Path) -> dict[str, Tensor]:
     if name == "trainer":
         return script.trained(script.with_trainer(folder))
-    model = llama() if name in ("fsdp", "fsdp kept") else script.moved(lora())
+    settings = script.ADAPTERS.get(name.split()[-1], {})
+    model = llama() if name in ("fsdp", "fsdp kept") else script.moved(lora(**settings))
     script.loop(model, micro=2 if name == "ddp 2" else 1)
     return script.trained(model)
 
 
-@pytest.mark.parametrize("name", ["trainer", "ddp 1", "ddp 2", "fsdp lora", "fsdp", "fsdp kept"])
+PLACES = ["trainer", "ddp 1", "ddp 2", "fsdp lora", "fsdp", "fsdp kept"]
+HOOKED = ["ddp dora", "ddp pissa", "fsdp dora", "fsdp pissa"]
+
+
+@pytest.mark.parametrize("name", PLACES + HOOKED)
 def test_two_processes_reach_the_weights_of_one(name: str, done: Path, tmp_path: Path) -> None:
     first, second = (load_file(done / f"{name} {rank}.safetensors") for rank in (0, 1))
     alone = one_process(name, tmp_path)

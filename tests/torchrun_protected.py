@@ -32,6 +32,11 @@ from trap2.protecting.wrappers import local
 CONFIG = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
 TWO_SCALES = Trap2Config(**{**vars(CONFIG), "scales_per_step": 2})
 STEPS = 3
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+"""LoRA settings whose update is scaled by the outputs of layers."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -129,6 +134,13 @@ def main(folder: Path) -> None:
         loop(wrapped, micro=micro)
         results[f"ddp {micro}"] = trained(wrapped)
         facts[f"reductions {micro}"] = len(reductions)
+    for name, settings in ADAPTERS.items():
+        wrapped = DistributedDataParallel(moved(lora(**settings)))
+        loop(wrapped)
+        results[f"ddp {name}"] = trained(wrapped)
+        model = sharded(moved(lora(**settings)))
+        loop(model)
+        results[f"fsdp {name}"] = trained(model)
     wrapped = DistributedDataParallel(moved(lora()))
     reductions = counted(wrapped)
     loop(wrapped, TWO_SCALES)

@@ -43,10 +43,11 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config).train()
 
 
-def lora(model: nn.Module | None = None, dropout: float = 0.0) -> nn.Module:
+def lora(model: nn.Module | None = None, dropout: float = 0.0, **changes: Any) -> nn.Module:
     """LoRA on a pico Llama; on another model with the same module names, if one is given."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_dropout=dropout, target_modules=["q_proj", "down_proj"])
+    targets = ["q_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_dropout=dropout, target_modules=targets, **changes)
     return get_peft_model(llama() if model is None else model, config).train()
 
 

@@ -116,3 +116,13 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over the weight files of the folder."""
         return weights_digest(self.folder)
+
+
+def shapes_differ(
+    weights: Checkpoint, name: str, shape: tuple[int, ...], base: Checkpoint, known: str
+) -> str:
+    """What to say where a released tensor does not fit the base's."""
+    return (
+        f"'{name}' in {weights.folder} has shape {shape}, but {base.shape(known)} in the base "
+        f"{base.folder}; give the base it was trained on"
+    )

@@ -93,6 +93,7 @@ class LoraSpec(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
     rslora: bool = False
+    dora: bool = False
 
 
 class TrainingSpec(Settings):

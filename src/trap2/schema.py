@@ -58,7 +58,7 @@ class ReleaseInfo(Record):
     """What was audited; `recipe` is how its `trap2.json` says it was trained, by dotted key."""
 
     name: str
-    kind: Literal["lora", "full"]
+    kind: Literal["lora", "adapter", "full"]
     task: str
     classes: int
     partners: list[str]

@@ -1,7 +1,8 @@
 """What a release changes: the update dW = W_released - W_base, tensor by tensor.
 
 Symbols: W0 base tensor; dW update (for LoRA `scaling * B @ A`, scaling = alpha/r, or alpha/sqrt(r)
-for rsLoRA); s scale. A merge puts the update at some scale: `W0 + s * dW`.
+for rsLoRA; for other adapters what `adapters.py` finds); s scale. A merge puts the update at some
+scale: `W0 + s * dW`.
 
 An update is opened from a PEFT adapter folder or a full checkpoint folder, together with its base.
 It knows which tensors are shared with the base (mergeable) and which are the task's own head.
@@ -18,30 +19,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from trap2.checkpoint import Checkpoint
+from trap2.adapters import PEFT_PREFIX, MergedDeltas, adapter_refusals, is_plain_lora
+from trap2.checkpoint import Checkpoint, shapes_differ
 from trap2.errors import Unsupported, UserError
 from trap2.files import read_json
 from trap2.naming import align, is_head
-
-PEFT_PREFIX = "base_model.model."
-REFUSED = {
-    "use_dora": "DoRA: W0 + s*dW is not a scaled lora_B",
-    "use_qalora": "QALoRA",
-    "lora_bias": "a bias inside lora_B",
-    "trainable_token_indices": "trained single token rows",
-    "target_parameters": "LoRA on bare parameters",
-    "layer_replication": "replicated layers",
-    "megatron_config": "Megatron layouts",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "block-diagonal LoRA",
-}
-"""Adapter settings whose update this version cannot form exactly, with the reason."""
-
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that move the frozen base: the adapter alone is not the update."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +63,28 @@ class Update:
     """What a release changes in its base.
 
     Attributes:
-        kind: "lora" or "full".
+        kind: "lora", "adapter" (any other adapter than LoRA or rsLoRA alone) or "full".
         shared: Names of the base tensors it may change, in a fixed order; these are merged.
         head: Tensors of its own task head; these are never merged.
         base: The base checkpoint.
         folder: The release folder.
     """
 
-    def __init__(self, folder: Path, base: Checkpoint, kind: Literal["lora", "full"]) -> None:
-        self.folder, self.base, self.kind = folder, base, kind
-        stem = "adapter_model" if kind == "lora" else "model"
-        self.weights = Checkpoint(folder, stem)
-        source: Deltas = (
-            _AdapterDeltas(self.weights, base)
-            if kind == "lora"
-            else _CheckpointDeltas(self.weights, base)
-        )
+    kind: Literal["lora", "adapter", "full"]
+
+    def __init__(self, folder: Path, base: Checkpoint) -> None:
+        self.folder, self.base = folder, base
+        source: Deltas
+        if not (folder / "adapter_config.json").is_file():
+            self.kind, self.weights = "full", Checkpoint(folder)
+            source = _CheckpointDeltas(self.weights, base)
+        else:
+            config = _checked_config(folder)
+            self.weights = Checkpoint(folder, "adapter_model")
+            if is_plain_lora(config):
+                self.kind, source = "lora", _LoraDeltas(self.weights, base, config)
+            else:
+                self.kind, source = "adapter", MergedDeltas(self.weights, base, config)
         self._source = source
         self.shared: tuple[str, ...] = source.shared
         self.head: dict[str, Tensor] = source.head
@@ -116,12 +104,9 @@ class Update:
         folder = Path(release)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give a folder of released weights")
-        kind: Literal["lora", "full"] = (
-            "lora" if (folder / "adapter_config.json").is_file() else "full"
-        )
         checkpoint = Checkpoint(base)
         _check_recorded_base(folder, checkpoint)
-        update = cls(folder, checkpoint, kind)
+        update = cls(folder, checkpoint)
         if not any(bool(delta.any()) for _, delta in update):
             raise UserError(
                 f"{folder} equals its base {checkpoint.folder}: every update is zero; "
@@ -212,7 +197,7 @@ class _CheckpointDeltas:
             )
         for known, name in shared.items():
             if weights.shape(name) != base.shape(known):
-                raise UserError(_shapes_differ(weights, name, weights.shape(name), base, known))
+                raise UserError(shapes_differ(weights, name, weights.shape(name), base, known))
         self.shared = tuple(name for name in base.names if name in shared)
         self.head = {name: weights.tensor(name) for name in weights.names if name not in mapped} | {
             name: weights.tensor(name) for name in mapped if is_head(name)
@@ -251,12 +236,11 @@ class _CheckpointDeltas:
         return None
 
 
-class _AdapterDeltas:
+class _LoraDeltas:
     """Update of a LoRA or rsLoRA adapter: scaling * B @ A, plus whole tensors saved beside it."""
 
-    def __init__(self, weights: Checkpoint, base: Checkpoint) -> None:
-        self._weights, self._base = weights, base
-        self._config = _checked_config(weights.folder)
+    def __init__(self, weights: Checkpoint, base: Checkpoint, config: Mapping[str, Any]) -> None:
+        self._weights, self._base, self._config = weights, base, config
         names = [name.removeprefix(PEFT_PREFIX) for name in weights.names]
         modules = dict.fromkeys(n.rsplit(".lora_", 1)[0] for n in names if ".lora_" in n)
         targets = [f"{module}.weight" for module in modules]
@@ -286,7 +270,7 @@ class _AdapterDeltas:
             delta = self._low_rank(name)
         if not self._fits(name, delta):
             raise UserError(
-                _shapes_differ(self._weights, name, tuple(delta.shape), self._base, name)
+                shapes_differ(self._weights, name, tuple(delta.shape), self._base, name)
             )
         return delta
 
@@ -332,23 +316,6 @@ class _AdapterDeltas:
         return float(alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
 
 
-def adapter_refusals(config: Mapping[str, Any]) -> list[str]:
-    """Reasons why the update of an adapter is not exactly `scaling * B @ A`; empty when it is.
-
-    Args:
-        config: The content of an `adapter_config.json`.
-    """
-    kind = str(config.get("peft_type")).rsplit(".", 1)[-1]
-    if kind != "LORA":
-        return [f"{kind}, which is not LoRA"]
-    reasons = [reason for key, reason in REFUSED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config['bias']!r}, which trains the base's own biases")
-    if str(config.get("init_lora_weights", True)).lower().startswith(MOVED_BASE):
-        reasons.append(f"init_lora_weights={config['init_lora_weights']!r}, which moves the base")
-    return reasons
-
-
 def _checked_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json and refuse what cannot be formed exactly."""
     config = read_json(folder / "adapter_config.json")
@@ -358,19 +325,10 @@ def _checked_config(folder: Path) -> dict[str, Any]:
             f"{folder} uses {'; '.join(reasons)}: not exact yet; merge it into a full checkpoint "
             "with peft's merge_and_unload and give that"
         )
-    if not isinstance(config.get("lora_alpha"), (int, float)):
+    if is_plain_lora(config) and not isinstance(config.get("lora_alpha"), (int, float)):
         raise UserError(f"{folder}/adapter_config.json has no lora_alpha; download it again")
     return config
 
 
 def _unnumbered(name: str) -> str:
     return ".".join("#" if part.isdigit() else part for part in name.split("."))
-
-
-def _shapes_differ(
-    weights: Checkpoint, name: str, shape: tuple[int, ...], base: Checkpoint, known: str
-) -> str:
-    return (
-        f"'{name}' in {weights.folder} has shape {shape}, but {base.shape(known)} in the base "
-        f"{base.folder}; give the base it was trained on"
-    )

@@ -619,3 +619,24 @@ def test_linear_maps_and_pointwise_convolutions_are_adapted_but_no_pooler(
     encoder = BertModel.from_pretrained(recipe.base)
     linear = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
     assert sorted(targets) == sorted(name for name in linear if "pooler" not in name)
+
+
+def test_a_dora_release_is_its_base_plus_its_update(
+    pico_base: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    content = pico.recipe(pico_base, pico.task("words", files), "lora", **QUICK)
+    content["lora"]["dora"] = True
+    recipe = Recipe.model_validate(content)
+    out = protect(recipe, tmp_path / "dora", quiet=True)
+    update = Update.open(out, pico_base)
+    assert update.kind == "adapter"
+    merged = AutoModel.from_pretrained(pico_base).eval()
+    for name in update.shared:
+        merged.get_parameter(name).data.copy_(update.scaled(name, 1.0))
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        one = merged(input_ids=ids).last_hidden_state
+        two = loaded_without_this_package(out, recipe)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    curve = json.loads((out / "trap2.json").read_text())["validation"]["scale_curve"]
+    assert len({round(point["loss"], 4) for point in curve}) > 3

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from trap2.errors import Unsupported, UserError
+from trap2.errors import UserError
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
 
 
@@ -190,36 +190,6 @@ def test_embedding_adapters_are_part_of_the_update() -> None:
     assert [name.split(".")[-2] for name in names] == ["lora_embedding_B"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"use_dora": True}, "DoRA: W0 + s*dW is not a scaled lora_B"),
-        ({"bias": "all"}, "bias='all', which trains the base's own biases"),
-        ({"bias": "lora_only"}, "bias='lora_only', which trains the base's own biases"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which moves the base"),
-    ],
-)
-def test_adapters_that_are_not_a_scaled_factor_are_refused(settings: dict, reason: str) -> None:
-    with pytest.raises(Unsupported) as caught:
-        LiveUpdate(lora(**settings))
-    assert str(caught.value) == (
-        f"this adapter uses {reason}: its scale is not exact yet; "
-        "use plain LoRA, rsLoRA or full fine-tuning"
-    )
-
-
-@pytest.mark.parametrize(
-    ("config", "kind"),
-    [
-        (AdaLoraConfig(total_step=10, target_modules=["query"]), "ADALORA"),
-        (IA3Config(target_modules=["query"], feedforward_modules=[]), "IA3"),
-    ],
-)
-def test_other_adapter_types_are_refused_by_name(config: object, kind: str) -> None:
-    with pytest.raises(Unsupported, match=f"this adapter uses {kind}, which is not LoRA: .*; use"):
-        LiveUpdate(get_peft_model(bert(), config))
-
-
 def test_a_frozen_model_is_refused() -> None:
     with pytest.raises(UserError, match="0 trainable parameters; unfreeze it or add an adapter"):
         LiveUpdate(bert().requires_grad_(False))
@@ -236,18 +206,6 @@ def test_a_model_of_which_only_the_head_is_trained_is_refused() -> None:
         parameter.requires_grad = "modules_to_save" in name
     with pytest.raises(UserError, match=wording):
         LiveUpdate(adapter)
-
-
-def test_a_base_weight_trained_beside_an_adapter_is_refused() -> None:
-    model = lora()
-    norm = dict(model.named_parameters())["base_model.model.bert.embeddings.LayerNorm.weight"]
-    norm.requires_grad_(True)
-    with pytest.raises(
-        Unsupported,
-        match=r"'.*LayerNorm\.weight' is trained beside a LoRA adapter .*; freeze it, or list its "
-        "module in modules_to_save",
-    ):
-        LiveUpdate(model)
 
 
 def test_batch_norm_statistics_rest_and_then_move_again() -> None:

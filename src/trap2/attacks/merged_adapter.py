@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trap2.adapters import PEFT_PREFIX
 from trap2.errors import UserError
 from trap2.files import read_json, write_json
-from trap2.update import PEFT_PREFIX, Factors, Update
+from trap2.update import Factors, Update
 
 KEPT = ("auto_mapping", "task_type", "modules_to_save", "base_model_name_or_path", "fan_in_fan_out")
 """What the merged adapter's settings take from the release's."""

@@ -57,6 +57,9 @@ class Trap2Config:
     strength: float = _setting(0.3, "weight of the trap (lambda in the paper); 0 is a plain run")
     loss: str = _setting("decoy", "trap loss: see `trap2 list losses`")
     readout_weight: float = _setting(3.0, "weight of the read-out adversary added to the loss")
+    cap: float = _setting(
+        0.0, "largest norm of the trap's gradient of a tensor, in norms of the nominal one; 0: none"
+    )
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")
     band: float = _setting(0.1, "half-width around scale 1 where no trap is trained")
@@ -76,6 +79,7 @@ class Trap2Config:
         limits: dict[str, tuple[bool, str]] = {
             "strength": (0 <= self.strength < math.inf, "must be finite and 0 or more"),
             "readout_weight": (0 <= self.readout_weight < math.inf, "must be finite and 0 or more"),
+            "cap": (0 <= self.cap < math.inf, "must be finite and 0 or more"),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
             "memory": (self.memory >= 0, "must be 0 or more"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trap2.errors import UserError
 from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
+from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
 from trap2.protecting.losses import Outcome
@@ -87,6 +88,7 @@ class Protector:
         own = backward is not torch.Tensor.backward
         scaler = getattr(accelerator, "scaler", None)
         self._guard = Guard(self.update.model, has_scaler=own or scaler is not None)
+        self._cap = Cap(self.update.model, self.config.cap)
         self._step, self._micro = 0, 0
 
     def backward(self, batch: Mapping[str, Any], share: float | None = None) -> Tensor:
@@ -113,7 +115,7 @@ class Protector:
             with reducing(self.model, now=passes == 0):
                 loss = self._forward(self.model, batch).loss
                 self._backward(loss * weight if weight != 1.0 else loss)
-            check_reduced(item.parameter for item in self.update.shared)
+            check_reduced(self.update.parameters)
             return loss
 
         def scaled(part: int, s: float, factor: float) -> Tensor:
@@ -131,6 +133,7 @@ class Protector:
             config=self.config,
             step=self._step,
             guard=self._guard,
+            cap=self._cap,
         )
         self._count()
         return torch.tensor(self.last.nominal)

@@ -4,7 +4,7 @@ Symbols: W0 origin of a parameter (the base; zero for `lora_B`); p its current v
 Inside `LiveUpdate.at(s)` every shared parameter holds W0 + s * (p - W0): no second model, no second
 graph, and gradient checkpointing recomputes with the right weights as long as
 the backward pass runs inside too. The map is element-wise: of a sharded parameter each process
-scales its own shard.
+scales its own shard. Adapters that no parameter scales are scaled by `outputs.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trap2.errors import Unsupported, UserError
+from trap2.errors import UserError
 from trap2.naming import is_head
+from trap2.protecting.outputs import ScaledOutputs
+from trap2.protecting.preflight import check
+from trap2.protecting.tuners import TOKENS, Adapter, inner_name
 from trap2.protecting.wrappers import is_sharded, local, reshard
-from trap2.update import PEFT_PREFIX, adapter_refusals
-
-LORA_A = ("lora_A", "lora_embedding_A")
-LORA_B = ("lora_B", "lora_embedding_B")
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,20 @@ class Shared:
 class LiveUpdate:
     """The part of a model in training that a release would share with its base.
 
-    For LoRA and rsLoRA that is every `lora_B` (scaling A as well would give s squared) and whole
-    modules saved beside the adapter; for full fine-tuning every trained parameter, measured from
-    its value now. Task heads are not part of it.
+    For LoRA and rsLoRA that is every `lora_B` (scaling A as well would give s squared) and what is
+    saved beside the adapter; for another adapter the outputs of its layers; for full fine-tuning
+    every trained parameter, measured from its value now. Task heads are not part of it.
 
     Args:
-        model: The model, before its first optimizer step.
+        model: The model, before its first optimizer step and before it is run compiled.
+
+    Attributes:
+        shared: What is scaled in place.
+        parameters: All trained parameters but those of heads.
 
     Raises:
-        UserError: Nothing is trainable.
-        Unsupported: The adapter's update is not linear in `lora_B`.
+        UserError: Nothing is trainable, or the head alone.
+        Unsupported: The update could not be scaled exactly.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,25 +57,28 @@ class LiveUpdate:
         names = [name for name, _ in trained]
         if not names:
             raise UserError("the model has 0 trainable parameters; unfreeze it or add an adapter")
-        _check_adapters(model)
-        if any(part in name.split(".") for name in names for part in LORA_B):
-            self.shared = list(_adapter_parameters(model, trained))
-        else:
-            self.shared = [
-                Shared(name, p, local(p).detach().clone())
-                for name, p in trained
-                if not is_head(_inner(name))
-            ]
-        if not self.shared:
+        adapter = Adapter(model)
+        check(model, adapter)
+        apart = [(name, p) for name, p in trained if not is_head(inner_name(name))]
+        self.parameters = [p for _, p in apart]
+        if not apart:
             raise UserError(
                 f"only head parameters are trainable ({', '.join(names[:3])}); nothing would be "
                 "shared with the base, so there is nothing to protect: unfreeze the encoder"
             )
+        self._outputs: ScaledOutputs | None = None
+        if not adapter:
+            self.shared = [Shared(name, p, local(p).detach().clone()) for name, p in apart]
+            return
+        self.shared = list(_in_place(model, adapter))
+        if not adapter.is_linear:
+            layers = [layer for layer in adapter.layers if not hasattr(layer, TOKENS)]
+            self._outputs = ScaledOutputs(layers, adapter.moved_base)
 
     @property
     def device(self) -> torch.device:
         """Where the update lies."""
-        return self.shared[0].parameter.device
+        return self.parameters[0].device
 
     @contextmanager
     def at(self, s: float) -> Iterator[float]:
@@ -100,6 +106,8 @@ class LiveUpdate:
             for parameter in others if most else ours:
                 stack.callback(_multiplied(parameter, 1 / s if most else s))
             torch.clear_autocast_cache()
+            if self._outputs is not None:
+                stack.enter_context(self._outputs.at(s))
             yield s if most else 1.0
 
     def _settle(self) -> None:
@@ -168,38 +176,31 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-def _inner(name: str) -> str:
-    """A parameter's name inside the model an adapter wraps."""
-    return name.split(PEFT_PREFIX, 1)[-1]
+def _in_place(model: nn.Module, adapter: Adapter) -> Iterator[Shared]:
+    """What of an adapter is scaled in place.
 
-
-def _adapter_parameters(
-    model: nn.Module, trained: list[tuple[str, nn.Parameter]]
-) -> Iterator[Shared]:
+    LoRA's second factors, trained or not, and whole tensors that are trained beside it.
+    """
     everything = dict(model.named_parameters())
-    for name, parameter in trained:
-        parts = name.split(".")
-        if any(part in parts for part in LORA_B):
-            yield Shared(name, parameter, None)
-        elif any(part in parts for part in LORA_A) or is_head(_inner(name)):
+    rows = {
+        id(layer.trainable_tokens_delta[key]): original
+        for layer in adapter.layers
+        if hasattr(layer, TOKENS)
+        for key, original in layer.trainable_tokens_original.items()
+    }
+    for name, parameter in everything.items():
+        role = adapter.role(name, parameter)
+        if role == "factor":
+            if adapter.is_linear and adapter.is_active(name):
+                yield Shared(name, parameter, None)
+        elif not parameter.requires_grad:
             continue
-        elif "modules_to_save" in parts:
+        elif role == "tokens":
+            yield Shared(name, parameter, rows[id(parameter)].detach().clone())
+        elif role == "saved":
+            parts = name.split(".")
             at = parts.index("modules_to_save")
             original = ".".join([*parts[:at], "original_module", *parts[at + 2 :]])
             yield Shared(name, parameter, local(everything[original]).detach().clone())
-        else:
-            raise Unsupported(
-                f"'{name}' is trained beside a LoRA adapter and is neither part of it nor of a "
-                "task head; freeze it, or list its module in modules_to_save"
-            )
-
-
-def _check_adapters(model: nn.Module) -> None:
-    for module in model.modules():
-        for config in (getattr(module, "peft_config", None) or {}).values():
-            reasons = adapter_refusals(config.to_dict())
-            if reasons:
-                raise Unsupported(
-                    f"this adapter uses {'; '.join(reasons)}: its scale is not exact yet; "
-                    "use plain LoRA, rsLoRA or full fine-tuning"
-                )
+        elif role == "bias":
+            yield Shared(name, parameter, local(parameter).detach().clone())

@@ -12,13 +12,14 @@ optimizer step stay the user's own.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trap2.errors import TrainingStopped
+from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
@@ -46,6 +47,7 @@ def trap_step(
     config: Trap2Config,
     step: int,
     guard: Guard | None = None,
+    cap: Cap | None = None,
 ) -> StepRecord:
     """Run one step's forward and backward passes; the gradients are left in `.grad`.
 
@@ -58,13 +60,15 @@ def trap_step(
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
         guard: Drops trap passes that are not finite; without it they stop training.
+        cap: Holds the trap's gradient to a multiple of the nominal one.
 
     Raises:
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
     """
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
-    loss = _finite(nominal(), "nominal loss", step)
     strength = config.strength_at(step)
+    with cap.listening() if cap and strength else nullcontext():
+        loss = _finite(nominal(), "nominal loss", step)
     if strength == 0.0:
         return StepRecord(loss, None, ())
     law = config.law_at(step)
@@ -72,8 +76,14 @@ def trap_step(
     traps = []
     for part, s in enumerate(scales):
         factor = strength * law.weight(s) / len(scales)
-        watching = guard.watch() if guard else nullcontext()
-        with replay(), update.at(s) as chain, frozen_statistics(update.model), watching:
+        with ExitStack() as stack:
+            stack.enter_context(replay())
+            chain = stack.enter_context(update.at(s))
+            stack.enter_context(frozen_statistics(update.model))
+            if cap:
+                stack.enter_context(cap.holding())
+            if guard:
+                stack.enter_context(guard.watch())
             trap = scaled(part, s, factor * chain)
         if guard is None or guard.sound:
             traps.append(_finite(trap, "trap loss", step))
@@ -93,7 +103,7 @@ def _finite(loss: Tensor, what: str, step: int) -> float:
 
 def _replayer(update: LiveUpdate) -> Callable[[], AbstractContextManager[None]]:
     """Make a context that replays the random stream from here and then puts the stream back."""
-    device = update.shared[0].parameter.device
+    device = update.device
     cards = [device.index or 0] if device.type == "cuda" else []
     host = torch.get_rng_state()
     states = [torch.cuda.get_rng_state(card) for card in cards]

@@ -27,6 +27,7 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         lora_dropout=spec.dropout,
         use_rslora=spec.rslora,
+        use_dora=spec.dora,
         target_modules=_targets(encoder, heads) if spec.targets == "all-linear" else spec.targets,
         modules_to_save=heads or None,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trap2.errors import Unsupported
 from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
+from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
 from trap2.protecting.losses import Outcome
@@ -95,6 +96,7 @@ class _ProtectedMixin:
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
         self._guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
+        self._cap = Cap(self.model, self.trap2.cap)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = self.objective.reads_the_loss_alone
         self._factor: float | None = None
@@ -139,6 +141,7 @@ class _ProtectedMixin:
             config=self.trap2,
             step=self.state.global_step,
             guard=self._guard,
+            cap=self._cap,
         )
         self._records.append(self.last)
         return losses[0]

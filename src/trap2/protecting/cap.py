@@ -1,0 +1,84 @@
+"""The trap may ask for as much as the task does, and never for more: tensor by tensor.
+
+Symbols: g nominal gradient of a tensor; h the trap's gradient of the same tensor; k the cap.
+
+    h  <-  h * min(1, k |g| / |h|)
+
+So no strength has to be tuned: where the trap is far from closed and would drown the task, it is
+held to the task's own step; where it has closed it is under the cap. Seen: with a trap on a fifth
+of the rows, whose gradient is loud, a task that was lost for hundreds of steps is learned as if
+there were no trap.
+
+Each (micro-)batch on each process is judged by itself. Both gradients include whatever a gradient
+scaler or an accumulation puts on the losses, so the ratio is free of it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trap2.protecting.wrappers import is_sharded
+
+
+class Cap:
+    """Holds the trap's gradient to a multiple of the nominal one.
+
+    Of a sharded parameter no gradient can be seen on its way, so it is left as it is.
+
+    Args:
+        model: The model in training.
+        multiple: The largest norm of the trap's gradient of a tensor, in norms of the nominal one;
+            0 sets no limit.
+    """
+
+    def __init__(self, model: nn.Module, multiple: float) -> None:
+        self._model, self._multiple = model, multiple
+        self._squares: dict[int, Tensor] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around the nominal pass: take note of its gradients' norms."""
+        self._squares = {}
+        with self._hooked(self._note):
+            yield
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Around a trap pass, inside everything else that changes its gradients."""
+        with self._hooked(self._held):
+            yield
+
+    @contextmanager
+    def _hooked(self, act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+        with ExitStack() as stack:
+            parameters = self._model.parameters() if self._multiple > 0 else ()
+            for place, parameter in enumerate(parameters):
+                if parameter.requires_grad and not is_sharded(parameter):
+                    hook = parameter.register_hook(_at(place, act))  # type: ignore[no-untyped-call]
+                    stack.callback(hook.remove)
+            yield
+
+    def _note(self, place: int, grad: Tensor) -> None:
+        # Checkpointed segments may hand over a shared tensor's gradient in parts.
+        self._squares[place] = self._squares.get(place, grad.new_zeros(())) + _square(grad)
+
+    def _held(self, place: int, grad: Tensor) -> Tensor:
+        own = self._squares.get(place)
+        if own is None:  # the task does not move it, so the trap must not either
+            return torch.zeros_like(grad)
+        share = self._multiple * (own / _square(grad)).sqrt()
+        return grad * torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0).to(grad.dtype)
+
+
+def _at(place: int, act: Callable[[int, Tensor], Tensor | None]) -> Callable[[Tensor], Any]:
+    return lambda grad: act(place, grad)
+
+
+def _square(grad: Tensor) -> Tensor:
+    """Squared norm, in float32 at least: a half would overflow."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=wide)
+    return norm.square()
