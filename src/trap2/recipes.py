@@ -171,6 +171,9 @@ class AttackerSpec(Settings):
     recovery_coefficients: list[float] = Field(
         [0.5, 1.0], min_length=1, description="shared coefficients of its merges"
     )
+    recompute_statistics: bool = Field(
+        False, description="work out batch-norm statistics of every merge on unlabelled rows"
+    )
     partners_keep: float = Field(0.95, gt=0, le=1)
     validation_rows: int = Field(300, ge=10)
     test_rows: int = Field(500, ge=10)
