@@ -21,7 +21,7 @@ from pydantic import (
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
 from trap2.schema import Thresholds
-from trap2.suites import QUICK, suite
+from trap2.suites import QUICK, SUITES, suite
 
 
 class Settings(BaseModel):
@@ -135,7 +135,7 @@ class AttackerSpec(Settings):
     A choice of one's own is any setting that a suite fixes.
     """
 
-    suite: str | None = Field(None, description="a frozen attacker: quick or standard-v1")
+    suite: str | None = Field(None, description=f"a frozen attacker: {', '.join(SUITES)}")
     attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
     coefficients: list[float] | dict[str, list[float]] | None = Field(
         None, description="shared coefficients tried in T1 and T2, for all attacks or by attack"

@@ -40,8 +40,18 @@ def settings(attack: Attack, grid: dict[str, list[float]]) -> list[dict[str, Any
         )
     combinations: list[dict[str, Any]] = [{}]
     for key, values in attack.grid.items():
-        combinations = [{**c, key: v} for c in combinations for v in grid.get(key) or values]
+        chosen = [_typed(attack, key, value) for value in grid.get(key) or values]
+        combinations = [{**c, key: v} for c in combinations for v in chosen]
     return combinations
+
+
+def _typed(attack: Attack, key: str, value: Any) -> Any:
+    """A value from a file, where all numbers are floats, as what the attack's own grid holds.
+
+    Attacks on weights alone take floats for whole numbers, and draw other masks for seed 0.0 than
+    for seed 0: what frozen suites draw must stay. Steps of a training must be whole.
+    """
+    return type(attack.grid[key][0])(value) if attack.needs_data else value
 
 
 def check_budget(attack: Attack, spec: AttackerSpec, models: int) -> None:
