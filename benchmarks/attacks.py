@@ -81,6 +81,7 @@ GRIDS: dict[str, dict[str, list[float]]] = {
 """Values of an attack's own parameters; its own grid where it is not named."""
 
 PER_MODEL = ("task_arithmetic", "ties", "ties_sum", "lines", "karcher", "tsv")
+PER_MODEL += ("depth_thirds", "depth_sixths")
 """Attacks that are also tried with one coefficient per model."""
 
 T3 = {"t3_values": [0.3, 0.6, 1.0], "t3_starts": [0.4], "t3_sweeps": 1}

@@ -23,6 +23,9 @@ from trap2.registry import did_you_mean
 from trap2.schema import Thresholds
 from trap2.suites import QUICK, SUITES, suite
 
+SEARCH = {"t3_search": ["descent"]}
+"""What every suite fixes beside its own settings: how T3 searches in all of them so far."""
+
 
 class Settings(BaseModel):
     """Base of everything in a recipe: nothing unknown, nothing changed later."""
@@ -149,6 +152,10 @@ class AttackerSpec(Settings):
         [0.2, 0.4, 0.6, 0.8], description="coefficients of the partners beside the release at 1"
     )
     t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
+    t3_search: list[Literal["descent", "cma"]] = Field(
+        ["descent"], min_length=1, description="coordinate descent, and then CMA-ES"
+    )
+    t3_evolved: int = Field(200, ge=10, description="mixtures that CMA-ES tries of each attack")
     refine: int = Field(
         2, ge=0, description="rounds of looking halfway between the best mixtures and others"
     )
@@ -185,11 +192,11 @@ class AttackerSpec(Settings):
         if not isinstance(given, dict):
             return given
         name = given.get("suite")
-        if name is None and not any(key in given for key in QUICK.settings()):
+        if name is None and not any(key in given for key in (*QUICK.settings(), *SEARCH)):
             name = QUICK.name
         if not isinstance(name, str):
             return given
-        fixed = suite(name).settings()
+        fixed = suite(name).settings() | SEARCH
         for key, value in fixed.items():
             if given.get(key, value) != value:
                 raise ValueError(

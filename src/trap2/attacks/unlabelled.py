@@ -70,9 +70,17 @@ class Unlabelled:
         return logits
 
     def weights(self, deltas: Deltas) -> dict[str, Tensor]:
-        """W0 + dW under the names of the model with its head; buffers take no gradient."""
+        """W0 + dW under the names of the model with its head; buffers take no gradient.
+
+        Running variances that merge to below zero are none, and are cut there: the answers of such
+        a merge are no numbers, and what is trained on them is none either.
+        """
         found = {self._own[name]: self.base(name) + delta for name, delta in deltas.items()}
-        return {n: v if n in self._parameters else v.detach() for n, v in found.items()}
+        for name in [n for n in found if n not in self._parameters]:
+            found[name] = found[name].detach()
+            if name.endswith("running_var"):
+                found[name] = found[name].clamp_min(0.0)
+        return found
 
     def linear(self, names: Iterable[str]) -> dict[str, nn.Linear]:
         """Those of the named tensors that are the weight of a linear layer, with the layer."""

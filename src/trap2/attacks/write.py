@@ -53,7 +53,7 @@ def write_merge(
         )
     merged = merge(entry, updates, coefficients, **params)
     weights = (
-        entry.spread(coefficients, len(updates))
+        entry.shared(coefficients, len(updates))
         if isinstance(coefficients, int | float)
         else tuple(coefficients)
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trap2.attacks.attack import Attack, equal
+from trap2.attacks.attack import Attack, equal, load_attacks
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
 
@@ -52,6 +52,19 @@ def _typed(attack: Attack, key: str, value: Any) -> Any:
     for seed 0: what frozen suites draw must stay. Steps of a training must be whole.
     """
     return type(attack.grid[key][0])(value) if attack.needs_data else value
+
+
+def tried(name: str, spec: AttackerSpec) -> dict[str, list[float]]:
+    """The values of an attack's T1 and T2 grid, as the record keeps them: see `Evidence.grids`."""
+    attack = load_attacks().get(name)
+    place = "coefficient" if attack.spread is equal else "place"
+    shared = own_coefficients(attack, spec)
+    given = spec.grids.get(name, {})
+    own = {key: given.get(key) or values for key, values in attack.grid.items()}
+    return {place: shared} | {
+        key: [float(value) for value in values if not isinstance(value, str)]
+        for key, values in own.items()
+    }
 
 
 def check_budget(attack: Attack, spec: AttackerSpec, models: int) -> None:
