@@ -135,7 +135,8 @@ def _arguments() -> argparse.Namespace:
     return top.parse_args()
 
 
-def _task(data: Path, name: str) -> dict[str, Any]:
+def task_section(data: Path, name: str) -> dict[str, Any]:
+    """A task as recipes and audits name it."""
     folder = data / name
     files = {"train": str(folder / "train.csv"), "test": str(folder / "test.csv")}
     return {
@@ -156,7 +157,7 @@ def _recipe(
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "base": str(encoder_folder()),
-        "task": _task(data, task),
+        "task": task_section(data, task),
         "method": method,
         "training": {
             "steps": STEPS,
@@ -170,7 +171,8 @@ def _recipe(
     return load(Recipe, path), work / "releases" / name
 
 
-def _release(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Path:
+def make_release(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Path:
+    """Folder of one release, trained if it is not there yet."""
     recipe, out = _recipe(work, data, method, setting, task, seed)
     if not (out / "trap2.json").is_file():
         protect(recipe, out, overwrite=True)
@@ -179,14 +181,15 @@ def _release(work: Path, data: Path, method: str, setting: str, task: str, seed:
 
 def _run(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Report:
     others = [name for name in TASKS if name != task]
-    release = _release(work, data, method, setting, task, seed)
-    controls = {n: _release(work, data, method, "control", n, seed) for n in TASKS}
+    release = make_release(work, data, method, setting, task, seed)
+    controls = {n: make_release(work, data, method, "control", n, seed) for n in TASKS}
     content = {
         "base": str(encoder_folder()),
-        "release": {"path": str(release.absolute()), "task": _task(data, task)},
+        "release": {"path": str(release.absolute()), "task": task_section(data, task)},
         "control": str(controls[task].absolute()),
         "partners": [
-            {"path": str(controls[name].absolute()), "task": _task(data, name)} for name in others
+            {"path": str(controls[name].absolute()), "task": task_section(data, name)}
+            for name in others
         ],
         "attacker": ATTACKER,
         "seed": seed,

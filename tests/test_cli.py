@@ -20,6 +20,7 @@ import pico
 from auditing.shelf import Shelf, stock
 from reporting.samples import build_report
 from trap2 import __version__
+from trap2.auditing.recovery import METHODS
 from trap2.cli import main, parser
 from trap2.files import LEDGER, LOCK, held, weights_digest
 from trap2.schema import Report
@@ -118,7 +119,8 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     assert list(listed) == [
         "name",
         *("adamerging", "breadcrumbs", "cart", "chain_of_merges", "consensus", "dare_linear"),
-        *("dare_ties", "della", "distac", "equal_norms", "fisher", "iso_c", "iso_cts", "karcher"),
+        *("dare_ties", "della", "depth_sixths", "depth_thirds", "distac", "equal_norms"),
+        *("fisher", "iso_c", "iso_cts", "karcher"),
         *("layer_groups", "lines", "model_stock", "noisy", "nuslerp", "pcb", "prodistill"),
         *("pruned", "regmean", "regmean_pp", "rounded", "slerp", "task_arithmetic", "thinned"),
         *("ties", "ties_core", "ties_knots", "ties_sum", "truncated", "tsv", "wudi"),
@@ -137,6 +139,10 @@ def test_a_suite_is_listed_with_what_it_tries_and_costs(capsys):
     assert listed["task_arithmetic"].split()[1:6] == ["T1", "T2", "T3", "-", "14"]
     assert listed["iso_c"].split()[1:5] == ["T1", "T2", "-", "8"]
     assert listed["ties_core"].endswith("density in (0.2, 1.0)")
+    assert main(["list", "attacks", "--suite", "recovery-v1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [[m, "T5", "labels"] for m in METHODS]
+    assert lines[1].endswith("4  rows in (30, 100), steps in (30, 100, 300)")
     for wrong, message in (
         (["attacks", "--suite", "standard"], "no suite is called 'standard'; did you mean 'stand"),
         (["losses", "--suite", "quick"], "--suite is about attacks; write: trap2 list attacks --"),

@@ -43,6 +43,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "jinja2": ("trap2.reporting.html",),
     "sklearn": ("trap2.tasks.relabel", "trap2.tasks.probe"),
     "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine", "trap2.attacks.matching"),
+    "cma": ("trap2.auditing.evolution",),
     "model_signing": ("trap2.signing",),
     "mergekit": (),
     "trl": (),

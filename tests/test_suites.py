@@ -6,12 +6,16 @@ import json
 import pytest
 
 from trap2.attacks.attack import load_attacks
+from trap2.auditing.attacker import check_plan
+from trap2.auditing.recovery import METHODS
 from trap2.recipes import AttackerSpec
-from trap2.suites import QUICK, STANDARD_V1, SUITES, suite
+from trap2.suites import DATA_V1, QUICK, RECOVERY_V1, STANDARD_V1, SUITES, suite
 
 DIGESTS = {
     "quick": "5162faafb572c203",
     "standard-v1": "eca4574f488aa7a9",
+    "data-v1": "147c512141d37f18",
+    "recovery-v1": "53571f559910ed6d",
 }
 """Of everything a suite fixes. A suite that changed is another one: give it a new version."""
 
@@ -28,6 +32,7 @@ def test_every_trial_is_of_an_attack_there_is(name):
         entry = load_attacks().get(trial.attack)
         assert [key for key, _ in trial.grid] == list(entry.grid), trial.attack
         assert not trial.per_model or "T3" in entry.tiers
+        assert entry.needs_data == (name == "data-v1")
         assert any(trial.coefficients)
 
 
@@ -65,6 +70,23 @@ def test_a_suite_fills_in_what_it_fixes_and_reads_its_own_record():
     assert AttackerSpec.model_validate(spec.model_dump(mode="json")) == spec
 
 
+def test_the_suites_of_t4_and_t5_try_all_there_is_of_their_tier():
+    data = [name for name in load_attacks() if load_attacks().get(name).needs_data]
+    assert sorted(trial.attack for trial in DATA_V1.trials) == data
+    assert [*RECOVERY_V1.methods] == [*METHODS]
+
+
+@pytest.mark.parametrize("name", ["data-v1", "recovery-v1"])
+def test_they_leave_the_other_tiers_out_and_read_their_own_record(name):
+    spec = AttackerSpec(suite=name)
+    assert (spec.attacks, spec.t3_attacks) == ([], [])
+    assert bool(spec.data_attacks) != bool(spec.recovery)
+    check_plan(spec, 4)
+    assert AttackerSpec.model_validate(spec.model_dump(mode="json")) == spec
+    for key, value in suite(name).settings().items():
+        assert spec.model_dump()[key] == value
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -72,6 +94,14 @@ def test_a_suite_fills_in_what_it_fixes_and_reads_its_own_record():
         (
             {"suite": "quick", "attacks": ["ties"]},
             "attacker.attacks is fixed by the suite 'quick'; remove it, or the suite",
+        ),
+        (
+            {"suite": "data-v1", "unlabelled_rows": 50},
+            "attacker.unlabelled_rows is fixed by the suite 'data-v1'; remove it, or the suite",
+        ),
+        (
+            {"suite": "recovery-v1", "recovery_steps": [30]},
+            "attacker.recovery_steps is fixed by the suite 'recovery-v1'; remove it, or the suite",
         ),
         ({"suite": "quick", "refine": 2}, "attacker.refine is fixed by the suite 'quick'; remove"),
         ({"suite": 3}, "suite"),

@@ -21,7 +21,10 @@ from pydantic import (
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
 from trap2.schema import Thresholds
-from trap2.suites import QUICK, suite
+from trap2.suites import QUICK, SUITES, suite
+
+SEARCH = {"t3_search": ["descent"]}
+"""What every suite fixes beside its own settings: how T3 searches in all of them so far."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -141,7 +144,7 @@ class AttackerSpec(Settings):
     A choice of one's own is any setting that a suite fixes.
     """
 
-    suite: str | None = Field(None, description="a frozen attacker: quick or standard-v1")
+    suite: str | None = Field(None, description=f"a frozen attacker: {', '.join(SUITES)}")
     attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
     coefficients: list[float] | dict[str, list[float]] | None = Field(
         None, description="shared coefficients tried in T1 and T2, for all attacks or by attack"
@@ -155,6 +158,10 @@ class AttackerSpec(Settings):
         [0.2, 0.4, 0.6, 0.8], description="coefficients of the partners beside the release at 1"
     )
     t3_sweeps: int = Field(1, ge=1, description="passes of coordinate descent")
+    t3_search: list[Literal["descent", "cma"]] = Field(
+        ["descent"], min_length=1, description="coordinate descent, and then CMA-ES"
+    )
+    t3_evolved: int = Field(200, ge=10, description="mixtures that CMA-ES tries of each attack")
     refine: int = Field(
         2, ge=0, description="rounds of looking halfway between the best mixtures and others"
     )
@@ -180,6 +187,9 @@ class AttackerSpec(Settings):
     recovery_coefficients: list[float] = Field(
         [0.5, 1.0], min_length=1, description="shared coefficients of its merges"
     )
+    recompute_statistics: bool = Field(
+        False, description="work out batch-norm statistics of every merge on unlabelled rows"
+    )
     partners_keep: float = Field(0.95, gt=0, le=1)
     precision: Precision = Field(
         "float32", description="of every evaluation; merges are made in float32"
@@ -194,11 +204,11 @@ class AttackerSpec(Settings):
         if not isinstance(given, dict):
             return given
         name = given.get("suite")
-        if name is None and not any(key in given for key in QUICK.settings()):
+        if name is None and not any(key in given for key in (*QUICK.settings(), *SEARCH)):
             name = QUICK.name
         if not isinstance(name, str):
             return given
-        fixed = suite(name).settings()
+        fixed = suite(name).settings() | SEARCH
         for key, value in fixed.items():
             if given.get(key, value) != value:
                 raise ValueError(

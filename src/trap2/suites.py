@@ -2,14 +2,15 @@
 
 A suite fixes everything that decides which merges are tried: the attacks, the values of their
 coefficients and parameters, what is done with one coefficient per model, and how the search goes on
-from there. Rows, labelled rows and the share the partners must keep stay settings of the audit; the
-record holds them.
+from there; for attackers who look at rows or train on them, how many rows, steps and at which rate.
+Rows to choose by and the share the partners must keep stay settings of the audit; the record holds
+them.
 
 A suite is never changed: another choice is another version, under a name of its own.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from trap2.errors import UserError
 from trap2.registry import did_you_mean
@@ -41,9 +42,13 @@ class Trial:
     per_model: bool = False
 
 
+def _grids(trials: tuple[Trial, ...]) -> dict[str, dict[str, list[float]]]:
+    return {t.attack: {key: list(values) for key, values in t.grid} for t in trials if t.grid}
+
+
 @dataclass(frozen=True)
 class Suite:
-    """A frozen attacker.
+    """A frozen attacker who has the weights alone, T1 to T3.
 
     Attributes:
         name: What it is called; a changed suite has another name.
@@ -66,15 +71,82 @@ class Suite:
         return {
             "attacks": [trial.attack for trial in self.trials],
             "coefficients": {trial.attack: list(trial.coefficients) for trial in self.trials},
-            "grids": {
-                trial.attack: {key: list(values) for key, values in trial.grid}
-                for trial in self.trials
-                if trial.grid
-            },
+            "grids": _grids(self.trials),
             "t3_attacks": [trial.attack for trial in self.trials if trial.per_model],
             "t3_values": list(self.t3_values),
             "t3_starts": list(self.t3_starts),
             "t3_sweeps": self.t3_sweeps,
+            "refine": self.refine,
+            "budget": None,
+        }
+
+
+@dataclass(frozen=True)
+class DataSuite:
+    """A frozen attacker who also has unlabelled rows, T4.
+
+    Attributes:
+        name: What it is called; a changed suite has another name.
+        trials: The attacks, in the order in which they are tried.
+        unlabelled_rows: Rows of every task that they look at.
+        refine: Rounds of looking halfway between the best mixtures and their neighbours.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    unlabelled_rows: int
+    refine: int
+
+    def settings(self) -> dict[str, Any]:
+        """What it fixes, as the keys of `attacker` in an audit."""
+        return {
+            "attacks": [],
+            "t3_attacks": [],
+            "data_attacks": [trial.attack for trial in self.trials],
+            "coefficients": {trial.attack: list(trial.coefficients) for trial in self.trials},
+            "grids": _grids(self.trials),
+            "unlabelled_rows": self.unlabelled_rows,
+            "refine": self.refine,
+            "budget": None,
+        }
+
+
+@dataclass(frozen=True)
+class RecoverySuite:
+    """A frozen attacker who trains on labelled rows, T5.
+
+    Attributes:
+        name: What it is called; a changed suite has another name.
+        methods: How it trains, references included.
+        rows: Labelled rows of each budget.
+        steps: Training steps of each budget.
+        learning_rate: Of Adam.
+        coefficients: Shared coefficients of its merges.
+        refine: Rounds of refining the partners' own merge, which it is measured against.
+        trials: None: what it does is no merge of a grid.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    rows: tuple[int, ...]
+    steps: tuple[int, ...]
+    learning_rate: float
+    coefficients: tuple[float, ...]
+    refine: int
+    trials: tuple[Trial, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """What it fixes, as the keys of `attacker` in an audit."""
+        return {
+            "attacks": [],
+            "t3_attacks": [],
+            "data_attacks": [],
+            "coefficients": {"task_arithmetic": list(SUM)},
+            "recovery": list(self.methods),
+            "recovery_rows": list(self.rows),
+            "recovery_steps": list(self.steps),
+            "recovery_learning_rate": self.learning_rate,
+            "recovery_coefficients": list(self.coefficients),
             "refine": self.refine,
             "budget": None,
         }
@@ -131,10 +203,57 @@ STANDARD_V1 = Suite(
 they decompose again for every choice of coefficients, up to half a minute a merge where updates are
 of full rank."""
 
-SUITES = {suite.name: suite for suite in (QUICK, STANDARD_V1)}
+DATA_V1 = DataSuite(
+    name="data-v1",
+    trials=(
+        Trial("regmean", MEAN, (("alpha", (0.1, 0.5, 0.9, 1.0)),)),
+        Trial("regmean_pp", MEAN, (("alpha", (0.9, 1.0)),)),
+        Trial("chain_of_merges", MEAN),
+        Trial("fisher", MEAN, (("seed", (0,)),)),
+        Trial(
+            "adamerging",
+            (0.0, 0.3, 0.6, 1.0),
+            (("layerwise", (False, True)), ("steps", (100, 300)), ("learning_rate", (0.01,))),
+        ),
+        Trial(
+            "prodistill",
+            (0.0, 0.3, 0.6, 1.0),
+            (("steps", (100,)), ("learning_rate", (0.01, 0.1))),
+        ),
+        Trial(
+            "distac",
+            SUM[::2],
+            (
+                ("scale", (0.5, 2.0)),
+                ("steps", (100, 300)),
+                ("learning_rate", (3e-4,)),
+                ("seed", (0,)),
+            ),
+        ),
+    ),
+    unlabelled_rows=100,
+    refine=1,
+)
+"""Every method that looks at unlabelled rows, 100 of each task; many train for a merge."""
+
+RECOVERY_V1 = RecoverySuite(
+    name="recovery-v1",
+    methods=("probe", "finetune_before", "finetune_after", "distil"),
+    rows=(30, 100),
+    steps=(30, 100, 300),
+    learning_rate=5e-5,
+    coefficients=(0.3, 0.5, 0.7, 1.0),
+    refine=2,
+)
+"""Every attacker who trains, with budgets from 30 rows and 30 steps up, beside distillation."""
+
+AnySuite: TypeAlias = Suite | DataSuite | RecoverySuite
+SUITES: dict[str, AnySuite] = {
+    suite.name: suite for suite in (QUICK, STANDARD_V1, DATA_V1, RECOVERY_V1)
+}
 
 
-def suite(name: str) -> Suite:
+def suite(name: str) -> AnySuite:
     """Look up a suite.
 
     Raises:

@@ -1,10 +1,15 @@
 """Rows in front of a live model: the right weights, gradients, inputs, and nothing left behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from attacks.tiny import BIAS, FIRST, SECOND, World
 from trap2.attacks.attack import merge
+from trap2.attacks.live import LiveModel
+from trap2.attacks.unlabelled import Unlabelled
 from trap2.errors import UserError
 
 
@@ -77,3 +82,28 @@ def test_without_a_mask_every_token_counts(world):
     assert _tokens(torch.zeros(2, 3, 4), None).shape == (6, 4)
     assert _tokens(torch.zeros(2, 4), torch.ones(2, 3)).shape == (2, 4)
     assert BIAS in world.updates[0]
+
+
+def test_running_statistics_take_no_gradient_and_no_variance_is_below_zero():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return SimpleNamespace(logits=self.norm(x))
+
+    model = Normed().eval()
+    data = Unlabelled(LiveModel(model), model, 3, lambda places: {"x": torch.ones(len(places), 2)})
+    at = {
+        "norm.weight": torch.zeros(2, requires_grad=True),
+        "norm.running_mean": torch.full((2,), 0.5, requires_grad=True),
+        "norm.running_var": torch.tensor([-3.0, 1.0], requires_grad=True),
+    }
+    found = data.weights(at)
+    assert found["norm.running_var"].tolist() == [0.0, 2.0]
+    assert found["norm.running_mean"].tolist() == [0.5, 0.5]
+    logits = data.logits(at, data.batch(range(3)))
+    assert torch.isfinite(logits).all()
+    gradients = torch.autograd.grad(logits.sum(), list(at.values()), allow_unused=True)
+    assert [gradient is None for gradient in gradients] == [False, True, True]

@@ -150,7 +150,7 @@ RAISED = [
         "T011",
         changed(sound(), evidence={"batch_norm_layers": 53}),
         "running statistics of 53 layers are not recomputed after a merge, as an attacker with "
-        "unlabelled rows would do",
+        "unlabelled rows would do; set attacker.recompute_statistics",
     ),
     (
         "T012",

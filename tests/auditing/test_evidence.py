@@ -10,8 +10,8 @@ from torch import nn
 from trap2.attacks.attack import load_attacks
 from trap2.auditing import evidence
 from trap2.auditing.arena import Arena
-from trap2.auditing.attacker import tried
 from trap2.auditing.evidence import differences, gather, recipe_of, release_record
+from trap2.auditing.grid import tried
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec, AuditSpec
 

@@ -129,7 +129,7 @@ def test_without_the_release_nothing_of_it_is_used(shelf):
 
 def test_rows_used_up_do_not_choose(shelf):
     one = trainer(shelf)
-    alone = Candidate(one.arena, RELEASE, 1.0, one.own(True).items, 6)
+    alone = Candidate(one.arena, RELEASE, (RELEASE,), 1.0, one.own(True).items, 6)
     found = one.arena.evaluate(one.arena.alone(RELEASE), RELEASE, "validation")
     rest = (found.logits[6:].argmax(1) == found.labels[6:]).float().mean()
     assert alone.accuracy(RELEASE, "validation") == pytest.approx(float(rest))

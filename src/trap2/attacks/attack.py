@@ -39,7 +39,7 @@ BUILT_IN = (
     *("slerp", "karcher", "model_stock"),
     *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
     *("dare_linear", "nuslerp", "lines", "layer_groups", "equal_norms", "consensus", "pcb", "wudi"),
-    *("transforms",),
+    *("transforms", "by_depth"),
     *("regmean", "regmean_pp", "chain_of_merges", "fisher", "adamerging", "prodistill", "distac"),
 )
 """Modules of this package that register an attack when imported."""
@@ -81,6 +81,7 @@ class Attack:
         coefficients: The values tried for the shared coefficient.
         spread: Turns a shared coefficient into one coefficient per model.
         needs_data: Whether the function takes unlabelled rows of every model.
+        parts: Coefficients per model, those of one model side by side.
     """
 
     name: str
@@ -93,6 +94,11 @@ class Attack:
     coefficients: tuple[float, ...]
     spread: Callable[[float, int], tuple[float, ...]] = equal
     needs_data: bool = False
+    parts: int = 1
+
+    def shared(self, value: float, models: int) -> tuple[float, ...]:
+        """All coefficients of so many models at one value of the shared coefficient."""
+        return self.spread(value, self.parts * models)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -130,6 +136,7 @@ def attack(
     models: tuple[int, int | None] = (1, None),
     coefficients: tuple[float, ...] = COEFFICIENTS,
     spread: Callable[[float, int], tuple[float, ...]] = equal,
+    parts: int = 1,
 ) -> Callable[[F], F]:
     """Register a merging function as an attack; the function itself stays as it is.
 
@@ -141,6 +148,7 @@ def attack(
         models: Smallest and largest number of models; None is no limit.
         coefficients: The values to try for the shared coefficient.
         spread: Turns a shared coefficient into one coefficient per model.
+        parts: Coefficients per model, for parts of the model.
 
     Raises:
         UserError: The name is taken, or grid and signature do not match.
@@ -160,6 +168,7 @@ def attack(
             coefficients=coefficients,
             spread=spread,
             needs_data="data" in keywords,
+            parts=parts,
         )
         ATTACKS.add(name, entry)
         return function
@@ -227,7 +236,7 @@ def merge(
     chosen = load_attacks().get(attack) if isinstance(attack, str) else attack
     _check_count(chosen, len(updates))
     weights = (
-        chosen.spread(coefficients, len(updates))
+        chosen.shared(coefficients, len(updates))
         if isinstance(coefficients, int | float)
         else tuple(coefficients)
     )
@@ -260,10 +269,11 @@ def _check_count(chosen: Attack, count: int) -> None:
 
 
 def _check_coefficients(chosen: Attack, weights: Sequence[float], count: int) -> None:
-    if len(weights) != count:
+    if len(weights) != count * chosen.parts:
+        each = "one" if chosen.parts == 1 else str(chosen.parts)
         raise UserError(
             f"attack '{chosen.name}' got {len(weights)} coefficients for {count} models; "
-            "give one shared coefficient or one per model"
+            f"give one shared coefficient or {each} per model"
         )
     for weight in weights:
         if not math.isfinite(weight):

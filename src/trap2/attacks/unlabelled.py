@@ -52,6 +52,7 @@ class Unlabelled:
         prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is live.model)
         self._own = {name: prefix + own for name, own in live.own_names.items()}
         self._base = model.state_dict()
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def batches(self, size: int = BATCH) -> Iterator[Batch]:
         """All rows, in order."""
@@ -69,8 +70,17 @@ class Unlabelled:
         return logits
 
     def weights(self, deltas: Deltas) -> dict[str, Tensor]:
-        """W0 + dW under the names of the model with its head."""
-        return {self._own[name]: self.base(name) + delta for name, delta in deltas.items()}
+        """W0 + dW under the names of the model with its head; buffers take no gradient.
+
+        Running variances that merge to below zero are none, and are cut there: the answers of such
+        a merge are no numbers, and what is trained on them is none either.
+        """
+        found = {self._own[name]: self.base(name) + delta for name, delta in deltas.items()}
+        for name in [n for n in found if n not in self._parameters]:
+            found[name] = found[name].detach()
+            if name.endswith("running_var"):
+                found[name] = found[name].clamp_min(0.0)
+        return found
 
     def linear(self, names: Iterable[str]) -> dict[str, nn.Linear]:
         """Those of the named tensors that are the weight of a linear layer, with the layer."""

@@ -58,7 +58,7 @@ def write_merge(
     vectors = updates if undo is None else [undone(update, undo) for update in updates]
     merged = merge(entry, vectors, coefficients, base=updates[0].base, **params)
     weights = (
-        entry.spread(coefficients, len(updates))
+        entry.shared(coefficients, len(updates))
         if isinstance(coefficients, int | float)
         else tuple(coefficients)
     )

@@ -4,7 +4,7 @@ Merges change the encoder in place; task heads are never merged. Each task is ev
 released head, as its users would.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trap2.attacks.attack import load_attacks, merge
 from trap2.attacks.live import LiveModel
+from trap2.attacks.statistics import mixed, normalising, recomputed
 from trap2.attacks.undo import undone
 from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector
@@ -110,6 +111,11 @@ class Arena:
         self.base = Checkpoint(base)
         self.encoder = load_encoder(base)
         self.live = LiveModel(self.encoder, self.base)
+        if spec.attacker.recompute_statistics and not normalising(self.encoder):
+            raise UserError(
+                f"attacker.recompute_statistics is set, but {base} has no batch-norm layers with "
+                "running statistics; remove it"
+            )
         rows: dict[Split, int] = {
             "validation": spec.attacker.validation_rows,
             "test": spec.attacker.test_rows,
@@ -175,6 +181,38 @@ class Arena:
             lambda: Unlabelled(self.live, rows.model, count, rows.batch),
         )
 
+    @contextmanager
+    def holding(
+        self, deltas: Iterable[tuple[str, Tensor]], members: tuple[str, ...]
+    ) -> Iterator[None]:
+        """Inside the `with` block the encoder is the merge of these members.
+
+        Running statistics are worked out anew where the attacker does that; a single member keeps
+        its own, for nothing is merged.
+        """
+        with self.live.merged(deltas):
+            if self.spec.attacker.recompute_statistics and len(members) > 1:
+                with recomputed(self.encoder, self._mixed(members)):
+                    yield
+            else:
+                yield
+
+    def _mixed(self, members: tuple[str, ...]) -> list[dict[str, Tensor]]:
+        """Unlabelled rows of several members' tasks, as the encoder takes them."""
+
+        def batches() -> list[dict[str, Tensor]]:
+            count = self.spec.attacker.unlabelled_rows
+            seen = [self.members[name].rows["validation"].first(count) for name in members]
+            inputs = [self.members[name].evaluators["validation"].inputs for name in members]
+            encoded = [i.encode(list(rows.inputs)) for i, rows in zip(inputs, seen, strict=True)]
+            device = next(self.encoder.parameters()).device
+            return [
+                {name: value.to(device) for name, value in inputs[0].batch(rows).items()}
+                for rows in mixed(encoded)
+            ]
+
+        return self.remember(("mixed", members), batches)
+
     def _evaluated(
         self, mixture: Mixture, due: Sequence[Reading]
     ) -> Iterator[tuple[Reading, Evaluation]]:
@@ -210,7 +248,9 @@ class Arena:
     @cached_property
     def _contents(self) -> Contents:
         tried = self.spec.attacker
-        contents = Contents(self.base.folder, self.base.digest, tried.precision)
+        contents = Contents(
+            self.base.folder, self.base.digest, tried.precision, tried.recompute_statistics
+        )
         for name, member in self.members.items():
             rows, unlabelled = member.rows, tried.unlabelled_rows
             contents.add(name, member.update, member.task, rows, unlabelled, tried.undo)
@@ -230,5 +270,5 @@ class Arena:
             data=[self.unlabelled(name) for name in mixture.members] if needs_data else (),
             **params,
         )
-        with self.live.merged(deltas):
+        with self.holding(deltas, mixture.members):
             yield

@@ -2,7 +2,7 @@
 
     T1  one shared coefficient, and the attack's own parameters, from a grid
     T2  the same, and the outputs are read through a map fitted on a few labelled rows
-    T3  one coefficient per model, by coordinate descent, read in the same way
+    T3  one coefficient per model or more, by coordinate descent or CMA-ES, read in the same way
     T4  as T1 and T2, with attacks that look at unlabelled rows of every task
 
 It takes the mixture in which the protected task does best among those in which the partner tasks
@@ -15,13 +15,14 @@ for a number of rounds. What is spent is counted in mixtures and not in seconds:
 does the same on every machine.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from trap2.attacks.attack import DATA_TIER, equal, load_attacks
 from trap2.auditing.arena import Arena, Mixture
+from trap2.auditing.evolution import evolved
 from trap2.auditing.grid import (
     check_budget,
     own_coefficients,
@@ -35,6 +36,9 @@ from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
 from trap2.tasks.evaluate import Evaluation
 from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
+
+PENALTY = 2.0
+"""Skill that a share of the partners is worth to CMA-ES where they keep less than they must."""
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,6 @@ def _check_lists(spec: AttackerSpec) -> None:
                 )
 
 
-def tried(name: str, spec: AttackerSpec) -> dict[str, list[float]]:
-    """The values of an attack's T1 and T2 grid, as the record keeps them: see `Evidence.grids`."""
-    attack = load_attacks().get(name)
-    place = "coefficient" if attack.spread is equal else "place"
-    shared = own_coefficients(attack, spec)
-    given = spec.grids.get(name, {})
-    own = {key: given.get(key) or values for key, values in attack.grid.items()}
-    return {place: shared} | {
-        key: [float(value) for value in values if not isinstance(value, str)]
-        for key, values in own.items()
-    }
-
-
 @dataclass
 class Attacker:
     """One attacker against one side (the release or its control) of an arena."""
@@ -164,7 +155,7 @@ class Attacker:
                 yield tier, rows, self._best(name, rows)
 
     def per_model(self, name: str) -> Iterator[tuple[str, int, Catch]]:
-        """T3 with one attack: coordinate descent from several starts, then in smaller steps.
+        """T3 with one attack: a search from several starts.
 
         Yields:
             ("T3", labelled rows used for re-labelling, catch).
@@ -177,16 +168,42 @@ class Attacker:
         for start in dict.fromkeys(starts):
             if start in self.explored[name]:
                 self._partners_keep(start)
+        if "descent" in self._spec.t3_search:
+            self._descend(name, rows)
+        if "cma" in self._spec.t3_search:
+            self._evolve(name, rows, starts[1:])
+        for used in (0, *self._spec.relabel_rows):
+            yield "T3", used, self._best(name, used)
+
+    def _descend(self, name: str, rows: int) -> None:
+        """Coordinate descent from the best start, then in smaller steps."""
+        places = load_attacks().get(name).parts * (1 + len(self.arena.partners))
         for step in range(self._spec.t3_sweeps + self._spec.refine):
-            for place in range(1 + len(self.arena.partners)):
+            for place in range(places):
                 best = self._best(name, rows, score=False).mixture
                 if step < self._spec.t3_sweeps:
                     self._try(name, moved(best, place, self._spec.t3_values))
                 else:
                     had = [m.coefficients[place] for m in self.explored[name]]
                     self._try(name, halfway(best, moved(best, place, had)))
-        for used in (0, *self._spec.relabel_rows):
-            yield "T3", used, self._best(name, used)
+
+    def _evolve(self, name: str, rows: int, starts: Sequence[Mixture]) -> None:
+        """CMA-ES around the best mixture so far, with the attack's own parameters kept."""
+        best = self._best(name, rows, score=False).mixture
+        floor = self._gain(self.arena.alone(self.side, 0.0), rows)
+
+        def loss(point: tuple[float, ...]) -> float:
+            mixture = replace(best, coefficients=point)
+            self._try(name, [mixture])
+            gain = self._gain(mixture, rows)
+            if gain <= floor:  # no choice, whatever the partners keep
+                return -gain + PENALTY
+            lacking = max(0.0, self._spec.partners_keep - self._partners_keep(mixture))
+            return -gain + PENALTY * lacking
+
+        others = [m.coefficients for m in starts if m.params == best.params]
+        budget, seed = self._spec.t3_evolved, self.arena.spec.seed
+        evolved(best.coefficients, others, loss, budget=budget, seed=seed)
 
     def _try(self, name: str, mixtures: Iterable[Mixture]) -> None:
         """Add mixtures to those the attacker chooses from, as far as the budget goes."""
@@ -241,12 +258,13 @@ class Attacker:
     def _starts(self, name: str) -> list[Mixture]:
         """The protected update kept at 1 and the partners shrunk, with each of the parameters."""
         members = (self.side, *self.arena.partners)
+        parts = load_attacks().get(name).parts
         settings = [dict(m.params) for m in self.explored[name]] or [{}]
         unique = list(dict.fromkeys(tuple(s.items()) for s in settings))
         return [
-            Mixture(name, members, (1.0, *(c for _ in self.arena.partners)), params)
+            Mixture(name, members, tuple(c for c in (1.0, *others) for _ in range(parts)), params)
             for params in unique
-            for c in self._spec.t3_starts
+            for others in ((c,) * len(self.arena.partners) for c in self._spec.t3_starts)
         ]
 
     def _grid(self, name: str) -> Iterator[Mixture]:
@@ -259,7 +277,7 @@ class Attacker:
         attack = load_attacks().get(name)
         for params in settings(attack, self._spec.grids.get(name, {})):
             for value in shared_coefficients(attack, self._spec):
-                coefficients = attack.spread(value, len(members))
+                coefficients = attack.shared(value, len(members))
                 yield Mixture(name, members, coefficients, tuple(params.items()))
 
     def _best(self, name: str, rows: int, score: bool = True) -> Catch:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
@@ -223,16 +224,20 @@ def _levels(references: References, rows: int, side: str) -> tuple[float, float]
 def _params(catch: Catch) -> dict[str, Any]:
     mixture = catch.mixture
     return {
-        **{f"c[{n}]": c for n, c in zip(mixture.members, mixture.coefficients, strict=True)},
+        **{f"c[{n}]": _coefficient(mixture.of(n)) for n in mixture.members},
         **dict(mixture.params),
     }
+
+
+def _coefficient(parts: tuple[float, ...]) -> float | str:
+    return parts[0] if len(parts) == 1 else " / ".join(f"{c:g}" for c in parts)
 
 
 def _frontier(attackers: dict[str, Attacker]) -> list[FrontierPoint]:
     return [
         FrontierPoint(
             attack=name,
-            params=dict(zip(mixture.members, mixture.coefficients, strict=True)),
+            params={n: fmean(mixture.of(n)) for n in mixture.members},
             retained=retained,
             partners_retained=kept,
             of="release" if side == RELEASE else "control",

@@ -19,6 +19,7 @@ class Candidate:
     Args:
         arena: Where it is evaluated.
         side: The side whose task is attacked.
+        members: Who is merged in it.
         coefficient: The shared coefficient of the merge.
         deltas: Makes the merged update.
         rows: Labelled validation rows that were used up; the choice is made on the others.
@@ -29,13 +30,15 @@ class Candidate:
         self,
         arena: Arena,
         side: str,
+        members: tuple[str, ...],
         coefficient: float,
         deltas: Callable[[], Deltas],
         rows: int,
         probed: bool = False,
     ) -> None:
         self.coefficient, self.probed = coefficient, probed
-        self._arena, self._side, self._deltas, self._rows = arena, side, deltas, rows
+        self._arena, self._side, self._members = arena, side, members
+        self._deltas, self._rows = deltas, rows
         self._known: dict[tuple[str, Split], Evaluation] = {}
 
     def accuracy(self, member: str, split: Split) -> float:
@@ -54,7 +57,7 @@ class Candidate:
             if self.probed and member == self._side:
                 evaluator = copy.copy(evaluator)
                 evaluator.model = Representation(self._arena.encoder)
-            with self._arena.live.merged(self._deltas()):
+            with self._arena.holding(self._deltas(), self._members):
                 self._known[member, split] = evaluator()
             self._arena.evaluations += 1
             self._arena.progress.tick()

@@ -212,13 +212,13 @@ def _edges(report: Report, attack: str, side: str, chosen: Params) -> Iterator[s
 
 @_check("T011", "the base has batch-norm layers")
 def batch_norm(report: Report) -> str:
-    """Merged models need new running statistics, which this attacker does not make."""
+    """Merged models need new running statistics, which this attacker may not have made."""
     layers = report.evidence.batch_norm_layers
-    if not layers:
+    if not layers or report.settings.get("recompute_statistics"):
         return ""
     return (
         f"running statistics of {layers} layers are not recomputed after a merge, as an attacker "
-        "with unlabelled rows would do"
+        "with unlabelled rows would do; set attacker.recompute_statistics"
     )
 
 

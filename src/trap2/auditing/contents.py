@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from trap2.attacks import statistics
 from trap2.attacks.attack import load_attacks
 from trap2.auditing.mixture import Mixture, Split
 from trap2.errors import UserError
@@ -78,11 +79,13 @@ class Contents:
         base: Folder of the base.
         base_digest: Digest of its weights.
         precision: Of the evaluations.
+        recomputes: Whether batch-norm statistics of merges are worked out on unlabelled rows.
     """
 
     base: Path
     base_digest: str
     precision: Precision = "float32"
+    recomputes: bool = False
     _inputs: dict[tuple[str, ...], Input] = field(default_factory=dict)
 
     def add(
@@ -133,6 +136,9 @@ class Contents:
         }
         needs_data = load_attacks().get(mixture.attack).needs_data
         given = ["update", "head", "unlabelled"] if needs_data else ["update"]
+        if self.recomputes and len(mixture.members) > 1:
+            given = [*dict.fromkeys([*given, "unlabelled"])]
+            inputs["statistics"] = _statistics()
         members = [[self._inputs[kind, name] for kind in given] for name in mixture.members]
         content = {
             "attack": mixture.attack,
@@ -148,7 +154,8 @@ class Contents:
 
     def places(self, attacks: Iterable[str]) -> dict[str, str]:
         """The digest of every input of an audit with these attacks, by place."""
-        return dict([self._base, _libraries(), *map(_code, attacks), *self._inputs.values()])
+        code = [_libraries(), _statistics(), *map(_code, attacks)]
+        return dict([self._base, *code, *self._inputs.values()])
 
     @cached_property
     def _base(self) -> Input:
@@ -192,6 +199,11 @@ def _pixels(image: Any) -> list[Any]:
 @cache
 def _libraries() -> Input:
     return "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+
+
+@cache
+def _statistics() -> Input:
+    return "the code of running statistics", _digest(inspect.getsource(statistics))
 
 
 @cache

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
+from trap2.attacks.statistics import normalising
 from trap2.auditing.arena import Arena
-from trap2.auditing.attacker import tried
+from trap2.auditing.grid import tried
 from trap2.errors import Trap2Error
 from trap2.files import read_json
 from trap2.schema import Evidence
@@ -23,7 +22,6 @@ def gather(arena: Arena) -> Evidence:
     record = release_record(spec.release.path)
     control = release_record(spec.control) if spec.control else {}
     surrogates = record.get("surrogates")
-    layers = (m for m in arena.encoder.modules() if isinstance(m, _BatchNorm))
     return Evidence(
         grids={
             name: tried(name, spec.attacker)
@@ -31,7 +29,7 @@ def gather(arena: Arena) -> Evidence:
         },
         control_differs=differences(record, control),
         surrogates=[str(name) for name in surrogates] if isinstance(surrogates, list) else [],
-        batch_norm_layers=sum(layer.track_running_stats for layer in layers),
+        batch_norm_layers=len(normalising(arena.encoder)),
         reload_gap={side: _reload_gap(arena, side) for side in arena.sides},
     )
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trap2.attacks.attack import Attack, equal
+from trap2.attacks.attack import Attack, equal, load_attacks
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
 
@@ -40,8 +40,31 @@ def settings(attack: Attack, grid: dict[str, list[float]]) -> list[dict[str, Any
         )
     combinations: list[dict[str, Any]] = [{}]
     for key, values in attack.grid.items():
-        combinations = [{**c, key: v} for c in combinations for v in grid.get(key) or values]
+        chosen = [_typed(attack, key, value) for value in grid.get(key) or values]
+        combinations = [{**c, key: v} for c in combinations for v in chosen]
     return combinations
+
+
+def _typed(attack: Attack, key: str, value: Any) -> Any:
+    """A value from a file, where all numbers are floats, as what the attack's own grid holds.
+
+    Attacks on weights alone take floats for whole numbers, and draw other masks for seed 0.0 than
+    for seed 0: what frozen suites draw must stay. Steps of a training must be whole.
+    """
+    return type(attack.grid[key][0])(value) if attack.needs_data else value
+
+
+def tried(name: str, spec: AttackerSpec) -> dict[str, list[float]]:
+    """The values of an attack's T1 and T2 grid, as the record keeps them: see `Evidence.grids`."""
+    attack = load_attacks().get(name)
+    place = "coefficient" if attack.spread is equal else "place"
+    shared = own_coefficients(attack, spec)
+    given = spec.grids.get(name, {})
+    own = {key: given.get(key) or values for key, values in attack.grid.items()}
+    return {place: shared} | {
+        key: [float(value) for value in values if not isinstance(value, str)]
+        for key, values in own.items()
+    }
 
 
 def check_budget(attack: Attack, spec: AttackerSpec, models: int) -> None:

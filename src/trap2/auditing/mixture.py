@@ -8,15 +8,24 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class Mixture:
-    """One merge: who takes part, at which coefficients, by which attack."""
+    """One merge: who takes part, at which coefficients, by which attack.
+
+    An attack by parts of the model has several coefficients per member, side by side.
+    """
 
     attack: str
     members: tuple[str, ...]
     coefficients: tuple[float, ...]
     params: tuple[tuple[str, float], ...] = ()
 
-    def coefficient_of(self, member: str) -> float:
-        """The coefficient of one member, 0 if it takes no part."""
+    def of(self, member: str) -> tuple[float, ...]:
+        """The coefficients of one member, one for each part; none if it is not merged."""
         if member not in self.members:
-            return 0.0
-        return self.coefficients[self.members.index(member)]
+            return ()
+        parts = len(self.coefficients) // len(self.members)
+        place = parts * self.members.index(member)
+        return self.coefficients[place : place + parts]
+
+    def coefficient_of(self, member: str) -> float:
+        """The coefficient of one member, the largest of its parts; 0 if it takes no part."""
+        return max(self.of(member), key=abs, default=0.0)

@@ -71,6 +71,7 @@ class Trainer:
     def __init__(self, attacker: Attacker) -> None:
         self.arena, self.side = attacker.arena, attacker.side
         self.spec = attacker.arena.spec.attacker
+        self.everyone = (self.side, *self.arena.partners)
         self._partners_alone = attacker.reference(MERGE)
         self.floors = {
             split: {
@@ -115,12 +116,15 @@ class Trainer:
         def deltas() -> Iterator[tuple[str, Tensor]]:
             return merge(MERGE, vectors, mixture.coefficients)
 
-        return Candidate(self.arena, self.side, 0.0, deltas, rows, probed)
+        return Candidate(self.arena, self.side, mixture.members, 0.0, deltas, rows, probed)
 
     def candidates(self, own: TaskVector, rows: int, probed: bool = False) -> list[Candidate]:
         """The merges of an update at every coefficient."""
         return [
-            Candidate(self.arena, self.side, c, partial(self.merged, own, c), rows, probed)
+            Candidate(
+                *(self.arena, self.side, self.everyone, c),
+                *(partial(self.merged, own, c), rows, probed),
+            )
             for c in self.spec.recovery_coefficients
         ]
 
@@ -177,7 +181,9 @@ def _finetune_after(trainer: Trainer, rows: int, with_release: bool) -> Found:
     for c in trainer.spec.recovery_coefficients:
         start = dict(trainer.merged(trainer.own(with_release), c))
         for steps, whole in trainer.training(start, rows):
-            candidate = Candidate(trainer.arena, trainer.side, c, whole.items, rows)
+            candidate = Candidate(
+                trainer.arena, trainer.side, trainer.everyone, c, whole.items, rows
+            )
             found[steps].append(candidate)
     yield from found.items()
 
@@ -249,7 +255,8 @@ def _side(
 def _standalone(method: str, trainer: Trainer, rows: int) -> float:
     """The side as released, read in the way of the method."""
     alone = Candidate(
-        trainer.arena, trainer.side, 1.0, trainer.own(True).items, rows, method == "probe"
+        *(trainer.arena, trainer.side, (trainer.side,), 1.0),
+        *(trainer.own(True).items, rows, method == "probe"),
     )
     return alone.accuracy(trainer.side, "test")
 

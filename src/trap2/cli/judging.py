@@ -182,3 +182,9 @@ def _list_attacks(name: str | None) -> None:
         needs = ", ".join(entry.needs) or "-"
         line = f"{own:16} {tiers:9} {needs:6} {merges:6}  {entry.paper}  {values}"
         print(line.rstrip())
+    trained = suite(name).settings() if name else {}
+    for method in trained.get("recovery", ()):
+        merges = len(trained["recovery_coefficients"])
+        budget = f"rows in {tuple(trained['recovery_rows'])}, "
+        budget += f"steps in {tuple(trained['recovery_steps'])}"
+        print(f"{method:16} {'T5':9} {'labels':6} {merges:6}  {budget}")

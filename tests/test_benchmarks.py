@@ -1,0 +1,92 @@
+"""The benchmark of all attacks, on pico releases: resumable, complete, and true to its audits."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from auditing.shelf import stock
+from trap2.attacks.attack import load_attacks
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench(pico_base):
+    """The benchmark's module, with one set of pico releases."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    # Not by its name: that is also a folder of tests.
+    spec = importlib.util.spec_from_file_location("attacks_bench", BENCHMARKS / "attacks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.undo()
+    shelf = stock(pico_base)
+    pico = {k: v for k, v in shelf.audit("lora").items() if k not in ("attacker", "scales", "seed")}
+    module.QUADRUPLES = {"pico": lambda chosen: pico}
+    return module
+
+
+@pytest.fixture
+def run(bench, tmp_path):
+    def go(*attacks: str) -> dict:
+        where = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--rows", "20"]
+        bench.main(["--attacks", *attacks, *where])
+        return json.loads((tmp_path / "attacks.json").read_text())
+
+    return go
+
+
+def test_it_keeps_what_it_has_and_adds_what_is_missing(bench, run, tmp_path):
+    first = run("task_arithmetic")
+    assert [*first["runs"]] == ["pico/task_arithmetic"]
+    second = run("task_arithmetic", "iso_c", "fisher")
+    assert [*second["runs"]] == ["pico/task_arithmetic", "pico/iso_c", "pico/fisher"]
+    assert second["runs"]["pico/task_arithmetic"] == first["runs"]["pico/task_arithmetic"]
+    tiers = {s["tier"] for one in second["runs"].values() for s in one["scores"]}
+    assert tiers == {"T1", "T2", "T3", "T4"}
+    found = second["figures"]
+    for tier in tiers:
+        kept = [
+            s["control_retained"]
+            for one in second["runs"].values()
+            for s in one["scores"]
+            if s["tier"] == tier
+        ]
+        assert found[f"control_retained_best_{tier.lower()}"] == max(kept)
+    lines = (tmp_path / "attacks.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[6:]] == [
+        *("| task_arithmetic", "| iso_c", "| fisher")
+    ]
+
+
+def test_trained_attacks_stand_beside_their_reference(run):
+    found = run("probe", "distil")["runs"]
+    assert {s["tier"] for s in found["pico/probe"]["scores"]} == {"T5"}
+    assert {s["tier"] for s in found["pico/distil"]["scores"]} == {"reference"}
+
+
+def test_an_attack_that_cannot_be_audited_says_why(bench, run, monkeypatch):
+    monkeypatch.setitem(bench.GRIDS, "ties", {"dense": [1.0]})
+    found = run("ties")
+    assert found["runs"]["pico/ties"]["error"].startswith("attacker.grids.ties.dense is no param")
+    assert "control_retained_best_t1" not in found["figures"]
+
+
+def test_the_figures_take_the_set_where_the_best_attack_keeps_least(bench):
+    def one(kept):
+        score = {"tier": "T1", "control_retained": kept, "retained": 0.1}
+        return {"scores": [score, {**score, "control_retained": 0.2}]}
+
+    found = bench.figures({"a/x": one(0.9), "a/y": one(0.95), "b/x": one(0.5)})
+    assert found["control_retained_best_t1"] == 0.5
+    assert found["methods_listed"] == len(load_attacks()) + 3
+    record = json.loads((BENCHMARKS.parent / "results" / "merging.json").read_text())
+    assert found.items() >= record["figures"].items()
+
+
+def test_every_name_in_its_plan_is_an_attack(bench):
+    for name in [*bench.COEFFICIENTS, *bench.GRIDS, *bench.PER_MODEL]:
+        entry = load_attacks().get(name)
+        assert {*bench.GRIDS.get(name, {})} <= {*entry.grid}
