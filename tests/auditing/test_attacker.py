@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from trap2.attacks.attack import ATTACKS, TIERS, Attack, equal, load_attacks
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Mixture
-from trap2.auditing.attacker import Attacker, chance, check_plan
+from trap2.auditing.attacker import Attacker, check_plan
+from trap2.auditing.audit import chance
 from trap2.errors import UserError
 from trap2.progress import SILENT
 from trap2.recipes import AttackerSpec

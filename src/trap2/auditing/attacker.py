@@ -15,13 +15,11 @@ for a number of rounds. What is spent is counted in mixtures and not in seconds:
 does the same on every machine.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from trap2.attacks.attack import DATA_TIER, equal, load_attacks
-from trap2.auditing.arena import Arena, Mixture
+from trap2.auditing.arena import Arena, Mixture, Split
 from trap2.auditing.grid import (
     check_budget,
     own_coefficients,
@@ -148,6 +146,25 @@ class Attacker:
     def _spec(self) -> AttackerSpec:
         return self.arena.spec.attacker
 
+    def certain(self) -> Iterator[tuple[Mixture, str, Split]]:
+        """The evaluations that its grids need, whatever they show."""
+        spec = self._spec
+        for name in dict.fromkeys((*spec.attacks, *spec.data_attacks, *spec.t3_attacks)):
+            yield from self._gains(self._grid(name))
+            if len(self.arena.partners) >= load_attacks().get(name).models[0]:
+                for team in dict.fromkeys(m.members[1:] for m in self._grid(name)):
+                    yield from self._of_partners(self._grid_of(name, team))
+
+    def _gains(self, mixtures: Iterable[Mixture]) -> Iterator[tuple[Mixture, str, Split]]:
+        """The side's own task in mixtures; those without it count only as others' neighbours."""
+        for mixture in mixtures:
+            if self._takes_part(mixture) or self._spec.refine:
+                yield mixture, self.side, "validation"
+
+    def _of_partners(self, mixtures: Iterable[Mixture]) -> Iterator[tuple[Mixture, str, Split]]:
+        """The partners' tasks in mixtures."""
+        return ((m, p, "validation") for m in mixtures for p in self._partners_in(m))
+
     def shared(self, name: str) -> Iterator[tuple[str, int, Catch]]:
         """T1 and T2 with one attack, or T4 with one that takes unlabelled rows.
 
@@ -174,9 +191,10 @@ class Attacker:
         self._try(name, self._grid(name))
         starts = [self._best(name, rows, score=False).mixture, *self._starts(name)]
         self._try(name, starts)
-        for start in dict.fromkeys(starts):
-            if start in self.explored[name]:
-                self._partners_keep(start)
+        taken = [start for start in dict.fromkeys(starts) if start in self.explored[name]]
+        self.arena.prepare(self._of_partners(taken))
+        for start in taken:
+            self._partners_keep(start)
         for step in range(self._spec.t3_sweeps + self._spec.refine):
             for place in range(1 + len(self.arena.partners)):
                 best = self._best(name, rows, score=False).mixture
@@ -194,6 +212,7 @@ class Attacker:
         for mixture in mixtures:
             if self._spec.budget is None or len(explored) < self._spec.budget:
                 explored[mixture] = None
+        self.arena.prepare(self._gains(explored))
 
     def _refine(self, name: str, rows: int) -> None:
         """Look halfway between the best mixtures and their neighbours.
@@ -272,17 +291,22 @@ class Attacker:
         candidates = filter(self._takes_part, self.explored[name])
         ranked = sorted(candidates, key=lambda m: -self._gain(m, rows))
         floor = self._gain(self.arena.alone(self.side, 0.0), rows)
-        chosen = None
-        for mixture in ranked:
-            if self._gain(mixture, rows) <= floor:
-                break  # from here on, leaving the release out is as good
-            if self._partners_keep(mixture) >= self._spec.partners_keep:
-                chosen = mixture
-                break
+        # Where it gains no more, leaving the release out is as good.
+        worth = [mixture for mixture in ranked if self._gain(mixture, rows) > floor]
+        keep = self._spec.partners_keep
+        chosen = next((m for m in self._in_turn(worth) if self._partners_keep(m) >= keep), None)
         picked = chosen if chosen is not None else ranked[0]
         if not score:
             return Catch(name, rows, picked, chosen is not None, 0.0, 0.0, {}, {})
         return self._scored(name, rows, picked, chosen is not None, ranked[0])
+
+    def _in_turn(self, mixtures: Sequence[Mixture]) -> Iterator[Mixture]:
+        """One after another, with the partners' evaluations of the next few made at a time."""
+        width = self.arena.width
+        for start in range(0, len(mixtures), width):
+            few = mixtures[start : start + width]
+            self.arena.prepare(self._of_partners(few))
+            yield from few
 
     def _scored(
         self, name: str, rows: int, picked: Mixture, admissible: bool, unconstrained: Mixture
@@ -290,6 +314,9 @@ class Attacker:
         base = self.arena.alone(self.side, 0.0)
         without = self._without(name, picked)
         partners = self._partners_in(picked)
+        own = (picked if admissible else base, unconstrained)
+        self.arena.prepare((m, p, "test") for m in (picked, without) for p in partners)
+        self.arena.prepare((m, self.side, "test") for m in own)
         return Catch(
             attack=name,
             rows=rows,
@@ -345,8 +372,10 @@ class Attacker:
         def tuned() -> Mixture:
             tried = dict.fromkeys(self._grid_of(name, partners))
             for _ in range(self._spec.refine):
+                self.arena.prepare(self._of_partners(tried))
                 for mixture in peaks([*tried], gain)[:PEAKS]:
                     tried |= dict.fromkeys(halfway(mixture, [*tried]))
+            self.arena.prepare(self._of_partners(tried))
             return max(tried, key=gain)
 
         return self.arena.remember(("without", name, partners), tuned)
@@ -366,8 +395,3 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
         return cross_validated_accuracy(evaluation, rows)
     rest = Evaluation(evaluation.logits[rows:], evaluation.labels[rows:])
     return relabelled_accuracy(evaluation, rest, rows)
-
-
-def chance(labels: torch.Tensor) -> float:
-    """Accuracy of always giving the most frequent label."""
-    return float(torch.bincount(labels).max() / len(labels))
