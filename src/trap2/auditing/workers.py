@@ -19,7 +19,7 @@ from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
 
 from trap2.attacks.attack import load_attacks
-from trap2.auditing.arena import Arena, Done, Job, Mixture, Reading
+from trap2.auditing.arena import Arena, Done, Job, Mixture
 from trap2.errors import UserError
 from trap2.recipes import AuditSpec
 
@@ -53,26 +53,28 @@ class Workers:
         threads: int | None = None,
     ) -> None:
         self.count, self._spec, self._backend = count, spec.model_dump_json(), backend
-        self._address, self._threads, self._closing = address, threads, ExitStack()
+        self._address, self._threads = address, threads or 0
 
     def __enter__(self) -> "Workers":
         with ExitStack() as closing:
-            backend: Any = "loky"
             if self._backend == "ray":
                 cores = closing.enter_context(_cluster(self._address, self.count))
-                threads = self._threads or max(1, cores // self.count)
-                backend = _ray_backend(threads)
             else:
-                threads = self._threads or max(1, cpu_count() // self.count)
+                cores = cpu_count()
                 closing.callback(_end_processes)
+            self._threads = self._threads or max(1, cores // self.count)
             closing.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
-            self._threads = threads
-            unordered = "generator_unordered"
-            pool = Parallel(n_jobs=self.count, backend=backend, return_as=unordered)
-            self._parallel = closing.enter_context(pool)
+            torch.set_num_threads(self._threads)
+            self._pool = self._started()
+            closing.callback(lambda: self._pool.__exit__(None, None, None))
             self._closing = closing.pop_all()
         return self
+
+    def _started(self) -> Any:
+        """The processes, which stay from call to call."""
+        backend = "loky" if self._backend == "loky" else _ray_backend(self._threads)
+        unordered = "generator_unordered"
+        return Parallel(n_jobs=self.count, backend=backend, return_as=unordered).__enter__()
 
     def __exit__(
         self,
@@ -91,18 +93,18 @@ class Workers:
         Raises:
             UserError: Workers keep dying, or an attack is defined where they cannot find it.
         """
-        left = dict(enumerate(jobs))
         homes = {mixture.attack: _home(mixture.attack) for mixture, _ in jobs}
-        deaths = 0
+        left, deaths = dict(jobs), 0
         while left:
             calls = [
-                delayed(_work)(place, self._spec, self._threads, homes[job[0].attack], job)
-                for place, job in left.items()
+                delayed(_work)(self._spec, self._threads, homes[job[0].attack], job)
+                for job in left.items()
             ]
             try:
-                for place, done in self._parallel(calls):
+                for mixture, done in self._pool(calls):
                     deaths = 0
-                    yield left.pop(place)[0], done
+                    del left[mixture]
+                    yield mixture, done
             except _deaths(self._backend) as error:
                 deaths += 1
                 if deaths > RETRIES:
@@ -111,16 +113,17 @@ class Workers:
                         f"{len(left)} jobs, perhaps for lack of memory; use fewer workers and run "
                         "it again: what was recorded is kept"
                     ) from error
+                # A new one, because joblib's old one would go on with calls it has not begun yet.
+                self._pool.__exit__(None, None, None)
+                self._pool = self._started()
 
 
-def _work(
-    place: int, spec: str, threads: int, home: str, job: Job
-) -> tuple[int, list[tuple[Reading, str, torch.Tensor]]]:
+def _work(spec: str, threads: int, home: str, job: Job) -> tuple[Mixture, Done]:
     """Do one job in a worker."""
     torch.set_num_threads(threads)
     import_module(home)
     arena, (mixture, readings) = _arena(spec), job
-    return place, [
+    return mixture, [
         (reading, arena.content(mixture, *reading).key, found.logits)
         for reading, found in arena.run(mixture, readings)
     ]
