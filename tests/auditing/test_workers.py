@@ -1,5 +1,6 @@
 """Several workers: the record is that of one process, whoever dies; Ctrl-C leaves none behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from trap2.auditing import workers
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Done, Job, Mixture
 from trap2.auditing.audit import audit
 from trap2.auditing.ledger import Ledger
+from trap2.auditing.workers import Workers
 from trap2.errors import UserError
 from trap2.files import LEDGER
 from trap2.progress import SILENT, Progress
@@ -151,4 +153,50 @@ def test_a_worker_killed_then_ctrl_c_then_one_process(shelf, tmp_path):
     spec = AuditSpec.model_validate(settings)
     with Ledger(out) as ledger:
         report = audit(spec, ledger=ledger)
+    assert same(report, audit(spec))
+
+
+def test_workers_that_keep_dying_are_given_up(shelf, tmp_path, monkeypatch):
+    spec = AuditSpec.model_validate(shelf.audit("lora", **{**SMALL, **LINE}))
+    monkeypatch.setattr(workers, "RETRIES", 0)
+    threads = torch.get_num_threads()
+
+    def kill() -> None:
+        alive(os.getpid(), "LokyProcess")[0].kill()
+
+    with (
+        Ledger(tmp_path) as ledger,
+        Workers(spec, 2, threads=1) as crew,
+        pytest.raises(UserError, match=r"workers died 1 times in a row .*; use fewer workers and"),
+    ):
+        audit(spec, Progress(lambda text: None, kill), ledger, crew)
+    assert not alive(os.getpid(), "LokyProcess")
+    assert torch.get_num_threads() == threads
+    assert recorded(tmp_path)
+
+
+def test_without_ray_its_backend_is_refused(shelf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    spec = AuditSpec.model_validate(shelf.audit("lora", **SMALL))
+    with pytest.raises(UserError, match=r"not installed; pip install 'trap2\[ray\]'"):
+        Workers(spec, 2, "ray").__enter__()
+
+
+def test_a_ray_worker_killed_changes_nothing(shelf, tmp_path):
+    """A cluster of two workers on this machine; one is killed while it works."""
+    ray = pytest.importorskip("ray", reason="ray is not installed; pip install 'trap2[ray]'")
+    spec = AuditSpec.model_validate(shelf.audit("lora", **{**SMALL, **LINE}))
+    killed = []
+
+    def kill() -> None:
+        if not killed:
+            killed.append(alive(os.getpid(), "ray::PoolActor")[0])
+            killed[0].kill()
+
+    with pytest.raises(UserError, match="99 workers need a core each, the Ray cluster has"):
+        Workers(spec, 99, "ray").__enter__()
+    with Ledger(tmp_path) as ledger, Workers(spec, 2, "ray", threads=1) as crew:
+        report = audit(spec, Progress(lambda text: None, kill), ledger, crew)
+    assert len(killed) == 1
+    assert not ray.is_initialized()
     assert same(report, audit(spec))

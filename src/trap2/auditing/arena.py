@@ -149,7 +149,7 @@ class Arena:
         if ledger is not None:
             tried = spec.attacker
             attacks = (*tried.attacks, *tried.t3_attacks, *tried.data_attacks)
-            for change in ledger.outdated(self._contents.places(("task_arithmetic", *attacks))):
+            for change in ledger.outdated(self.contents.places(("task_arithmetic", *attacks))):
                 progress.note(change)
 
     def evaluate(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
@@ -186,7 +186,7 @@ class Arena:
                     jobs.setdefault(mixture, {})[reading] = None
         for mixture, done in self.crew([(m, tuple(readings)) for m, readings in jobs.items()]):
             for reading, key, logits in done:
-                content = self.content(mixture, *reading)
+                content = self.contents.of(mixture, *reading)
                 if content.key != key:
                     raise UserError(
                         f"a worker did not read what this process reads for {mixture}: weights, "
@@ -246,7 +246,7 @@ class Arena:
                 yield (name, split), found
         for reading, evaluation in self.run(mixture, lacking):
             if self.ledger is not None:
-                self.ledger.put(self.content(mixture, *reading), evaluation.logits)
+                self.ledger.put(self.contents.of(mixture, *reading), evaluation.logits)
             yield reading, evaluation
 
     def run(
@@ -258,20 +258,31 @@ class Arena:
                 for name, split in readings:
                     yield (name, split), self.members[name].evaluators[split]()
 
-    def content(self, mixture: Mixture, member: str, split: Split) -> Content:
-        """What that evaluation depends on."""
-        return self._contents.of(mixture, member, split)
+    def recorded(
+        self, content: Callable[[], Content], labels: Tensor, work: Callable[[], Evaluation]
+    ) -> Evaluation:
+        """What the ledger holds for a content, or the result of `work`, which it then holds."""
+        if self.ledger is None:
+            return work()
+        asked = content()
+        logits = self.ledger.get(asked, len(labels))
+        if logits is not None:
+            return Evaluation(logits, labels)
+        found = work()
+        self.ledger.put(asked, found.logits)
+        return found
 
     def _recorded(self, mixture: Mixture, member: str, split: Split) -> Evaluation | None:
         """What the ledger holds of an evaluation, if anything."""
         if self.ledger is None:
             return None
         labels = self.members[member].evaluators[split].labels
-        logits = self.ledger.get(self.content(mixture, member, split), len(labels))
+        logits = self.ledger.get(self.contents.of(mixture, member, split), len(labels))
         return None if logits is None else Evaluation(logits, labels)
 
     @cached_property
-    def _contents(self) -> Contents:
+    def contents(self) -> Contents:
+        """What its evaluations depend on."""
         contents = Contents(self.base.folder, self.base.digest)
         unlabelled = self.spec.attacker.unlabelled_rows
         for name, member in self.members.items():

@@ -74,9 +74,10 @@ def audit(
     bootstrap = Bootstrap(arena)
     retained = {side: bootstrap.retained(side, found) for side, found in catches.items()}
     attacks = [_result(key, catches, references, retained) for key in catches[RELEASE]]
-    trained = recovery(attackers)
+    trained, kept = recovery(attackers, bootstrap)
     attacks += as_attacks(trained)
-    tiers = tier_results(attacks, references, spec.verdict, spreads(retained))
+    spread = spreads({side: {**retained[side], **kept[side]} for side in arena.sides})
+    tiers = tier_results(attacks, references, spec.verdict, spread)
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
     report = Report(

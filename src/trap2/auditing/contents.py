@@ -8,10 +8,10 @@ import ast
 import hashlib
 import inspect
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,9 @@ FOLLOWED = (
 REGISTRATION = "trap2.attacks.attack"
 """Our modules whose source is code that computes; registering, reading and checking computes
 nothing, so that a new attack leaves the others' evaluations valid."""
+
+TRAINS = ("trap2.auditing.recovery", "trap2.tasks.probe")
+"""Our modules that attackers who train run through beside those."""
 
 CONFIGS = ("*.json", "*.txt", "*.model")
 """Files of a base beside its weights that decide what it computes: configuration, tokenizer."""
@@ -136,9 +139,28 @@ class Contents:
             json.dumps(content, sort_keys=True), dict([*inputs.values(), *chain(*members)])
         )
 
+    def taught(self, plain: Content, side: str, how: Mapping[str, Any]) -> Content:
+        """What an evaluation depends on whose update was trained, or which is read by a probe.
+
+        Args:
+            plain: The same without that.
+            side: The member whose labelled validation rows and head were learned from.
+            how: What was done with how much, as JSON would have it.
+        """
+        inputs = {
+            "taught_by": _training_code(),
+            "taught_head": self._inputs["head", side],
+            "taught_rows": self._inputs["rows", side, "validation"],
+        }
+        digests = {name: digest for name, (_, digest) in inputs.items()}
+        content = {**json.loads(plain.text), **digests, "taught": dict(how)}
+        places = {**plain.places, **dict(inputs.values())}
+        return Content(json.dumps(content, sort_keys=True), places)
+
     def places(self, attacks: Iterable[str]) -> dict[str, str]:
         """The digest of every input of an audit with these attacks, by place."""
-        return dict([self._base, _libraries(), *map(_code, attacks), *self._inputs.values()])
+        codes = (_training_code(), *map(_code, attacks))
+        return dict([self._base, _libraries(), *codes, *self._inputs.values()])
 
     @cached_property
     def _base(self) -> Input:
@@ -187,20 +209,32 @@ def _libraries() -> Input:
 @cache
 def _code(attack: str) -> Input:
     """Digest of the source of an attack's module, and of all of ours that it computes with."""
-    waiting = [load_attacks().get(attack).function.__module__, *COMPUTES]
+    try:
+        sources = _sources(load_attacks().get(attack).function.__module__, *COMPUTES)
+    except (OSError, TypeError) as error:
+        raise UserError(
+            f"attack '{attack}' was defined where its source cannot be read, so its "
+            "evaluations cannot be recorded; define it in a file, or audit without a ledger"
+        ) from error
+    return f"the code of attack '{attack}'", _digest(sources)
+
+
+@cache
+def _training_code() -> Input:
+    """The same for attackers who train."""
+    return "the code of attackers who train", _digest(_sources(*TRAINS, *COMPUTES))
+
+
+def _sources(*modules: str) -> dict[str, str]:
+    """The source of modules and of what they compute with, by name."""
+    waiting = [*modules]
     sources: dict[str, str] = {}
     while waiting:
         name = waiting.pop()
         if name in sources:
             continue
-        try:
-            sources[name] = inspect.getsource(sys.modules[name])
-        except (OSError, TypeError) as error:
-            raise UserError(
-                f"attack '{attack}' was defined where its source cannot be read, so its "
-                "evaluations cannot be recorded; define it in a file, or audit without a ledger"
-            ) from error
+        sources[name] = inspect.getsource(import_module(name))
         imports = (n for n in ast.walk(ast.parse(sources[name])) if isinstance(n, ast.ImportFrom))
-        modules = (node.module or "" for node in imports)
-        waiting += [m for m in modules if m.startswith(FOLLOWED) and m != REGISTRATION]
-    return f"the code of attack '{attack}'", _digest(sources)
+        imported = (node.module or "" for node in imports)
+        waiting += [m for m in imported if m.startswith(FOLLOWED) and m != REGISTRATION]
+    return sources

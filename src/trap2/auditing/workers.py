@@ -124,7 +124,7 @@ def _work(spec: str, threads: int, home: str, job: Job) -> tuple[Mixture, Done]:
     import_module(home)
     arena, (mixture, readings) = _arena(spec), job
     return mixture, [
-        (reading, arena.content(mixture, *reading).key, found.logits)
+        (reading, arena.contents.of(mixture, *reading).key, found.logits)
         for reading, found in arena.run(mixture, readings)
     ]
 
