@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -39,14 +40,18 @@ class Here:
     def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[Mixture, Done]]:
         for job in reversed(jobs):
             home = workers._home(job[0].attack)
-            yield workers._work(self.spec, torch.get_num_threads(), home, job)
+            yield workers._work(self.spec, os.getpid(), torch.get_num_threads(), home, job)
             self.done += 1
 
 
 def alive(parent: int, name: str) -> list[psutil.Process]:
     """The processes below one that do its jobs, by a part of their command line."""
-    found = psutil.Process(parent).children(recursive=True)
-    return [p for p in found if any(name in part for part in p.cmdline())]
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended in the meantime, or not yet buried
+            if any(name in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def until(true: Callable[[], object]) -> None:
@@ -156,13 +161,36 @@ def test_a_worker_killed_then_ctrl_c_then_one_process(shelf, tmp_path):
     assert same(report, audit(spec))
 
 
+ORPHAN = """
+import os, signal
+from trap2.auditing.workers import _end_with
+parent, child = os.getpid(), os.fork()
+if child:
+    print(child, flush=True)
+    os.kill(parent, signal.SIGKILL)
+_end_with(parent)
+"""
+
+
+def test_a_worker_ends_with_an_audit_that_is_killed():
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ORPHAN], capture_output=True, text=True, check=False
+    )  # which ends when the child has ended too, for that holds the other end of the pipe
+    assert said.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(int(said.stdout)) or psutil.Process(int(said.stdout)).status() in (
+        psutil.STATUS_ZOMBIE,
+        psutil.STATUS_DEAD,
+    )
+
+
 def test_workers_that_keep_dying_are_given_up(shelf, tmp_path, monkeypatch):
     spec = AuditSpec.model_validate(shelf.audit("lora", **{**SMALL, **LINE}))
     monkeypatch.setattr(workers, "RETRIES", 0)
     threads = torch.get_num_threads()
 
     def kill() -> None:
-        alive(os.getpid(), "LokyProcess")[0].kill()
+        for process in alive(os.getpid(), "LokyProcess")[:1]:
+            process.kill()
 
     with (
         Ledger(tmp_path) as ledger,

@@ -6,11 +6,14 @@ as they are ready; only the caller writes them down. If a worker dies, all are s
 what is not done yet.
 """
 
+import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
+from threading import Thread
 from types import TracebackType
 from typing import Any, Literal
 
@@ -97,7 +100,7 @@ class Workers:
         left, deaths = dict(jobs), 0
         while left:
             calls = [
-                delayed(_work)(self._spec, self._threads, homes[job[0].attack], job)
+                delayed(_work)(self._spec, os.getpid(), self._threads, homes[job[0].attack], job)
                 for job in left.items()
             ]
             try:
@@ -118,11 +121,11 @@ class Workers:
                 self._pool = self._started()
 
 
-def _work(spec: str, threads: int, home: str, job: Job) -> tuple[Mixture, Done]:
-    """Do one job in a worker."""
+def _work(spec: str, auditing: int, threads: int, home: str, job: Job) -> tuple[Mixture, Done]:
+    """Do one job in a worker of the process `auditing`."""
     torch.set_num_threads(threads)
     import_module(home)
-    arena, (mixture, readings) = _arena(spec), job
+    arena, (mixture, readings) = _arena(spec, auditing), job
     return mixture, [
         (reading, arena.contents.of(mixture, *reading).key, found.logits)
         for reading, found in arena.run(mixture, readings)
@@ -130,9 +133,18 @@ def _work(spec: str, threads: int, home: str, job: Job) -> tuple[Mixture, Done]:
 
 
 @lru_cache(maxsize=1)
-def _arena(spec: str) -> Arena:
+def _arena(spec: str, auditing: int) -> Arena:
     """The worker's own, made once."""
+    if os.getppid() == auditing:  # on Ray it is not, and Ray itself ends what is left
+        Thread(target=_end_with, args=(auditing,), daemon=True).start()
     return Arena(AuditSpec.model_validate_json(spec))
+
+
+def _end_with(parent: int) -> None:
+    """End this process with its parent, which may be killed before it can say so."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _home(attack: str) -> str:
