@@ -180,7 +180,7 @@ class Arena:
         jobs: dict[Mixture, dict[Reading, None]] = {}
         for mixture, member, split in wanted:
             for reading in self._due(mixture, member, split):
-                if (mixture, *reading) in self._known or (mixture, *reading) in self._ahead:
+                if self.is_ready((mixture, *reading)):
                     continue
                 if self._recorded(mixture, *reading) is None:
                     jobs.setdefault(mixture, {})[reading] = None
@@ -195,6 +195,10 @@ class Arena:
                 self.ledger.put(content, logits)
                 self._ahead.add((mixture, *reading))
                 self.progress.tick()
+
+    def is_ready(self, asked: tuple[Mixture, str, Split]) -> bool:
+        """Whether that evaluation was made, by the crew or by this process."""
+        return asked in self._known or asked in self._ahead
 
     @property
     def width(self) -> int:

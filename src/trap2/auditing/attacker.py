@@ -226,8 +226,8 @@ class Attacker:
             optima = peaks(explored, lambda mixture: self._gain(mixture, rows))
             best = [found.mixture] if found.admissible else []
             best += [mixture for mixture in optima if self._takes_part(mixture)]
-            for mixture in [*dict.fromkeys(best)][:PEAKS]:
-                self._try(name, halfway(mixture, explored))
+            around = [*dict.fromkeys(best)][:PEAKS]
+            self._try(name, [between for m in around for between in halfway(m, explored)])
 
     def _takes_part(self, mixture: Mixture) -> bool:
         return mixture.coefficient_of(self.side) != 0
@@ -302,11 +302,12 @@ class Attacker:
 
     def _in_turn(self, mixtures: Sequence[Mixture]) -> Iterator[Mixture]:
         """One after another, with the partners' evaluations of the next few made at a time."""
-        width = self.arena.width
-        for start in range(0, len(mixtures), width):
-            few = mixtures[start : start + width]
-            self.arena.prepare(self._of_partners(few))
-            yield from few
+        left = [m for m in mixtures if not all(map(self.arena.is_ready, self._of_partners([m])))]
+        for mixture in mixtures:
+            if left and mixture == left[0]:
+                self.arena.prepare(self._of_partners(left[: self.arena.width]))
+                left = left[self.arena.width :]
+            yield mixture
 
     def _scored(
         self, name: str, rows: int, picked: Mixture, admissible: bool, unconstrained: Mixture
@@ -314,9 +315,10 @@ class Attacker:
         base = self.arena.alone(self.side, 0.0)
         without = self._without(name, picked)
         partners = self._partners_in(picked)
-        own = (picked if admissible else base, unconstrained)
-        self.arena.prepare((m, p, "test") for m in (picked, without) for p in partners)
-        self.arena.prepare((m, self.side, "test") for m in own)
+        read = {picked: partners, without: partners}
+        for mixture in (picked if admissible else base, unconstrained):
+            read[mixture] = [*read.get(mixture, []), self.side]
+        self.arena.prepare((m, name, "test") for m, names in read.items() for name in names)
         return Catch(
             attack=name,
             rows=rows,
