@@ -210,7 +210,8 @@ def _summary(report: Report) -> dict[str, Any]:
     kept = ("references", "utility_cost", "scale_curve", "tiers", "rows", "versions", "seconds")
     attacks = ("name", "tier", "relabel_rows", "params", "merged", "retained", "admissible")
     attacks += ("unconstrained_retained", "control_params", "control_admissible")
-    attacks += ("control_merged", "control_retained", "partners")
+    attacks += ("control_merged", "control_retained", "partners", "interval", "control_interval")
+    kept += ("utility_cost_interval",)
     return {key: record[key] for key in kept} | {
         "precision": record["settings"]["precision"],
         "attacks": [{key: entry[key] for key in attacks} for entry in record["attacks"]],
@@ -303,10 +304,21 @@ def table(runs: dict[str, Any]) -> str:
         numbers += [tiers["T3"]["unmergeability"], 1 - _kept(run, "T1", 0, CONTROL)]
         numbers += [1 - _kept(run, "T2", 300, CONTROL), tiers["T3"]["control_unmergeability"]]
         numbers += [_kept(run, "T2", 300, IGNORING), _kept(run, "T3", 300, IGNORING)]
-        cells = [*key.split("/"), run.get("precision", "float32")]
-        cells += [f"{100 * n:.1f}" for n in numbers]
+        shown = [f"{100 * n:.1f}" for n in numbers]
+        shown[3] += _within(run.get("utility_cost_interval"))
+        shown[4] += _within(tiers["T1"].get("interval"))
+        shown[7] += _within(tiers["T3"].get("interval"))
+        cells = [*key.split("/"), run.get("precision", "float32"), *shown]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _within(interval: list[float] | None) -> str:
+    """The 95 % interval of a cell, in per cent; older runs have none."""
+    if interval is None:
+        return ""
+    low, high = (100 * end for end in interval)
+    return f" ({low:.1f} to {high:.1f})"
 
 
 def write_results(out: Path, runs: dict[str, Any], cost: dict[str, Any]) -> None:
@@ -328,6 +340,7 @@ def write_results(out: Path, runs: dict[str, Any], cost: dict[str, Any]) -> None
     write_json(out, record)
     note = "All in per cent; U is unmergeability, 100 = no merge that counts keeps any skill; "
     note += "R is the share of the skill that the best merge keeps if partners do not matter. "
+    note += "In brackets 95 % intervals over test rows, where a run has them. "
     note += f"`{record['command']}`, {len(runs)} runs.\n\n"
     write_text(out.with_suffix(".md"), note + table(runs))
 

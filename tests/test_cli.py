@@ -32,7 +32,10 @@ SURFACE = {
         *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
         *("--param", "--undo", "--out", "--as", "--overwrite"),
     ],
-    "audit": [*("audit", "--out", "--suite", "--set", "--overwrite", "--ledger", "--require")],
+    "audit": [
+        *("audit", "--out", "--suite", "--set", "--overwrite", "--ledger"),
+        *("--workers", "--backend", "--ray-address", "--require"),
+    ],
     "combine": ["reports", "--out", "--overwrite"],
     "report": ["report", "--out", "--figure"],
     "compare": ["reports", "--out"],
@@ -166,6 +169,20 @@ def test_an_audit_with_a_suite_keeps_to_it(capsys, shelf, tmp_path):
     assert message in in_one_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--backend", "ray"], "--backend ray with one worker gains nothing; add --workers N"),
+        (["--workers", "2", "--ray-address", "a:1"], "--ray-address a:1 needs --backend ray; add"),
+    ],
+)
+def test_workers_that_contradict_themselves_are_refused(capsys, shelf, tmp_path, given, message):
+    path = written(tmp_path, shelf.audit("lora"))
+    assert main(["audit", path, "--out", str(tmp_path / "out"), *given]) == 2
+    assert message in in_one_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", ["losses", "undos"])
 def test_losses_and_ways_to_undo_are_listed_with_what_they_do(capsys, what):
     assert main(["list", what]) == 0
@@ -183,6 +200,8 @@ def test_losses_and_ways_to_undo_are_listed_with_what_they_do(capsys, what):
         (["attack", "ties", "--param", "k"], "'k' is not of the form k=v; write for example dens"),
         (["audit", "a.yaml"], "the following arguments are required: --out"),
         (["sweep", "r", "--recipe", "r.yaml", "--scales", "0,x"], "'0,x' is no list of numbers; w"),
+        (["audit", "a.yaml", "--out", "o", "--workers", "0"], "'0' is no count; write a whole num"),
+        (["audit", "a.yaml", "--out", "o", "--backend", "mpi"], "invalid choice: 'mpi'"),
         (["list", "papers"], "invalid choice: 'papers'"),
         *(
             (

@@ -50,7 +50,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pickle": (),
     "cloudpickle": (),
     "dill": (),
-    "joblib": (),
+    "joblib": ("trap2.auditing.workers",),
+    "ray": ("trap2.auditing.workers",),
 }
 """The only modules or packages that import a library."""
 

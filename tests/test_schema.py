@@ -31,7 +31,7 @@ FIELDS = {
     "RecoveryPoint": "method reference budget_rows budget_steps coefficient accuracy "
     "without_release standalone retained unconstrained admissible partners control_coefficient "
     "control_accuracy control_without_release control_standalone control_retained "
-    "control_admissible",
+    "control_admissible interval control_interval",
     "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
     "control_by_rows verdict interval control_interval",
     "Thresholds": "holds broken mergeable",

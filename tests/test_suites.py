@@ -6,7 +6,7 @@ import json
 import pytest
 
 from trap2.attacks.attack import load_attacks
-from trap2.auditing.attacker import check_plan
+from trap2.auditing.plan import check_plan
 from trap2.auditing.recovery import METHODS
 from trap2.recipes import AttackerSpec
 from trap2.suites import DATA_V1, QUICK, RECOVERY_V1, STANDARD_V1, SUITES, suite

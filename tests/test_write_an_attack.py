@@ -8,7 +8,7 @@ import torch
 
 from trap2.attacks import attack as module
 from trap2.attacks.attack import load_attacks, merge
-from trap2.auditing.attacker import check_plan
+from trap2.auditing.plan import check_plan
 from trap2.registry import Registry
 
 GUIDE = Path(__file__).parent.parent / "docs" / "write_an_attack.md"

@@ -176,7 +176,7 @@ class RecoveryPoint(Record):
     budget and without the release, so that `retained` is what the release is worth to it:
     clip((accuracy - without_release) / (standalone - without_release), 0, 1). `unconstrained` is
     `retained` if the partners do not matter. A `reference` is no attack on a merge and counts in no
-    tier.
+    tier. `interval` and `control_interval` are the 95 % intervals of `retained` over the test rows.
     """
 
     method: str
@@ -197,6 +197,8 @@ class RecoveryPoint(Record):
     control_standalone: Fraction | None = None
     control_retained: Fraction | None = None
     control_admissible: bool | None = None
+    interval: Interval | None = None
+    control_interval: Interval | None = None
 
 
 class Evidence(Record):

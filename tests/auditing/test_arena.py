@@ -124,7 +124,7 @@ def test_a_hidden_release_is_undone_for_every_merge_and_read_as_released(arenas,
         )
         torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
         assert torch.allclose(seen, want, rtol=1e-3, atol=1e-3) is same
-    one, other = (arena._contents.of(mixture, RELEASE, "test") for arena in (hidden, undone))
+    one, other = (arena.contents.of(mixture, RELEASE, "test") for arena in (hidden, undone))
     assert one.key != other.key
     assert f"{place}, undone by nearest" in other.places
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from trap2.attacks.attack import ATTACKS, TIERS, Attack, equal, load_attacks
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Mixture
-from trap2.auditing.attacker import Attacker, chance, check_plan
+from trap2.auditing.attacker import Attacker
+from trap2.auditing.audit import chance
+from trap2.auditing.plan import check_plan
 from trap2.errors import UserError
 from trap2.progress import SILENT
 from trap2.recipes import AttackerSpec
@@ -42,7 +44,8 @@ class Table(Arena):
         self.progress, self.evaluations = SILENT, 0
         self.partners = tuple(f"p{i}" for i in range(1, partners + 1))
         self.sides = (RELEASE,)
-        self._known, self._memory = {}, {}
+        self._known, self._memory, self._ahead = {}, {}, set()
+        self.ledger = self.crew = None
 
         def evaluator(member: str, split: str) -> Callable[[], Evaluation]:
             moved = shift if shift and member == RELEASE else lambda mixture: 0

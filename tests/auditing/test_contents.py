@@ -20,7 +20,7 @@ MIXTURE = Mixture("ties", (RELEASE, "b"), (0.5, 0.7), (("density", 0.2),))
 
 
 def contents_of(settings):
-    return Arena(AuditSpec.model_validate(settings))._contents
+    return Arena(AuditSpec.model_validate(settings)).contents
 
 
 def key(settings, mixture=MIXTURE, member=RELEASE, split="test"):
@@ -43,7 +43,7 @@ def test_every_evaluation_has_a_key_of_its_own_and_always_the_same(arenas, shelf
         (Mixture("ties", (CONTROL, "b"), (0.5, 0.7), MIXTURE.params), "b", "test"),
         (Mixture("ties", MIXTURE.members, (0.5, 0.7), (("density", 0.3),)), "b", "test"),
     ]
-    keys = [arenas[kind]._contents.of(*question).key for question in asked]
+    keys = [arenas[kind].contents.of(*question).key for question in asked]
     assert len(dict.fromkeys(keys)) == len(asked)
     again = contents_of(shelf.audit(kind))
     assert [again.of(*question).key for question in asked] == keys
@@ -55,7 +55,7 @@ def test_names_of_members_and_tasks_are_no_part_of_a_key(arenas, shelf):
     swapped["partners"][0]["task"]["name"] = "another"
     mixture = Mixture("ties", (CONTROL, "another"), *(MIXTURE.coefficients, MIXTURE.params))
     assert (
-        key(swapped, mixture, CONTROL) == arenas["lora"]._contents.of(MIXTURE, RELEASE, "test").key
+        key(swapped, mixture, CONTROL) == arenas["lora"].contents.of(MIXTURE, RELEASE, "test").key
     )
 
 
@@ -109,7 +109,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("change", "place"), CHANGES)
 def test_whatever_changes_the_logits_changes_the_key(arenas, shelf, tmp_path, change, place):
-    before = arenas["lora"]._contents.of(MIXTURE, RELEASE, "test")
+    before = arenas["lora"].contents.of(MIXTURE, RELEASE, "test")
     settings = shelf.audit("lora")
     change(settings, tmp_path)
     after = contents_of(settings).of(MIXTURE, RELEASE, "test")
@@ -140,7 +140,7 @@ def test_an_attack_that_looks_at_rows_has_every_members_rows_and_head_in_its_key
     settings = shelf.audit("lora")
     change(settings, tmp_path)
     changed = contents_of(settings)
-    before = arenas["lora"]._contents
+    before = arenas["lora"].contents
     assert before.of(SEEING, RELEASE, "test").key != changed.of(SEEING, RELEASE, "test").key
     assert any(re.search(place, name) for name in changed.of(SEEING, RELEASE, "test").places)
     blind = before.of(MIXTURE, RELEASE, "test")
@@ -163,17 +163,17 @@ def test_another_precision_is_another_key(arenas, shelf):
     settings = shelf.audit("lora")
     settings["attacker"].update(precision="bfloat16")
     changed = contents_of(settings).of(MIXTURE, RELEASE, "test")
-    assert changed.key != arenas["lora"]._contents.of(MIXTURE, RELEASE, "test").key
+    assert changed.key != arenas["lora"].contents.of(MIXTURE, RELEASE, "test").key
 
 
 def test_another_head_is_another_key(arenas):
-    known = arenas["full"]._contents
+    known = arenas["full"].contents
     base = Mixture("task_arithmetic", ("b",), (1.0,))
     assert known.of(base, RELEASE, "test").key != known.of(base, CONTROL, "test").key
 
 
 def test_every_place_of_an_evaluation_is_among_those_of_the_audit(arenas):
-    known = arenas["lora"]._contents
+    known = arenas["lora"].contents
     places = known.places(["ties", "slerp"])
     assert known.of(MIXTURE, "b", "test").places.items() <= places.items()
     assert "libraries" in places

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pico
+from auditing.shelf import ATTACKER
 from test_files import full_disk, killed, read_only
 from trap2.auditing.audit import audit
 from trap2.auditing.contents import Content
@@ -222,7 +223,7 @@ def size():
 
 ledger, draw = sys.argv[-1] + "/evaluations.sqlite", random.Random(0)
 for _ in range(3):
-    wanted = size() + draw.randint(1, 6_000)
+    wanted = size() + draw.randint(1, int(os.environ["GROWTH"]))
     pid = child()
     while size() < wanted:
         time.sleep(0.001)
@@ -233,14 +234,37 @@ print(os.waitstatus_to_exitcode(os.waitpid(child(), 0)[1]), flush=True)
 """
 
 
-def test_an_audit_killed_again_and_again_ends_in_the_same_record(shelf, tmp_path):
-    settings = shelf.audit("lora", **SMALL)
+STANDARD = {
+    "suite": "standard-v1",
+    "relabel_rows": [6],
+    "validation_rows": 24,
+    "test_rows": 24,
+}
+
+
+@pytest.mark.parametrize(
+    ("attacker", "growth"),
+    [
+        ({**ATTACKER, **SMALL}, 6_000),
+        pytest.param(
+            STANDARD,
+            2_000_000,
+            marks=pytest.mark.skipif(
+                "TRAP2_SLOW" not in os.environ, reason="takes minutes; set TRAP2_SLOW=1 to run it"
+            ),
+        ),
+    ],
+)
+def test_an_audit_killed_again_and_again_ends_in_the_same_record(shelf, tmp_path, attacker, growth):
+    """The kills are spread over a ledger that grows by up to so many bytes between them."""
+    settings = {**shelf.audit("lora"), "attacker": attacker}
     path = pico.write_yaml(tmp_path / "audit.yaml", settings)
     out = tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-c", KILLS, "audit", str(path), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "GROWTH": str(growth)}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=True, timeout=300
+        command, capture_output=True, text=True, env=environment, check=True, timeout=3000
     )
     said = done.stdout.split("\n")
     assert said[:3] == ["killed"] * 3

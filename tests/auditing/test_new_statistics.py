@@ -105,7 +105,7 @@ def test_inside_they_are_those_of_the_merge_on_rows_of_both_tasks(settings):
 
 def test_the_key_holds_them_only_where_they_are_worked_out(settings):
     def keys(mixture: Mixture, **attacker: Any) -> str:
-        return Arena(changed(settings, **attacker))._contents.of(mixture, RELEASE, "test").key
+        return Arena(changed(settings, **attacker)).contents.of(mixture, RELEASE, "test").key
 
     alone = Mixture("task_arithmetic", (RELEASE,), (1.0,))
     assert keys(alone) == keys(alone, recompute_statistics=False)

@@ -2,14 +2,18 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from auditing.test_ledger import same
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
 from trap2.auditing.attacker import Attacker
 from trap2.auditing.audit import audit
-from trap2.auditing.candidate import Candidate, choose
+from trap2.auditing.bootstrap import Bootstrap
+from trap2.auditing.candidate import choose
+from trap2.auditing.ledger import Ledger
 from trap2.auditing.recovery import METHODS, Trainer, check_budget, recovery
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
@@ -26,12 +30,16 @@ T5 = {
     "recovery_coefficients": [0.5, 1.0],
 }
 
+OTHERWISE = {"recovery_learning_rate": 0.02}
+
 
 def made_up(coefficient, gain, test, partner):
     """A candidate whose accuracies are given: on the side, and on the one partner."""
     table = {("release", "validation"): gain, ("release", "test"): test}
     return SimpleNamespace(
-        coefficient=coefficient, accuracy=lambda m, split: table.get((m, split), partner)
+        coefficient=coefficient,
+        accuracy=lambda m, split: table.get((m, split), partner),
+        correct=lambda split: np.arange(100) < round(100 * test),
     )
 
 
@@ -47,6 +55,7 @@ def test_the_best_candidate_that_counts_is_taken(candidates, expected):
     choice = choose([made_up(*c) for c in candidates], "release", {"b": 0.8}, 0.95)
     found = (choice.coefficient, choice.admissible, choice.accuracy, choice.unconstrained)
     assert found == expected
+    assert choice.correct.mean() == choice.accuracy
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,8 @@ def test_every_method_has_a_point_for_every_budget(report):
         if p.method != "probe":
             assert p.standalone == report.references.standalone
         assert p.reference == (p.method == "distil")
+        for share, interval in ((p.retained, p.interval), (p.control_retained, p.control_interval)):
+            assert interval[0] - 1e-6 <= share <= interval[1] + 1e-6
 
 
 def test_the_tier_counts_what_is_no_reference(report):
@@ -82,6 +93,12 @@ def test_the_tier_counts_what_is_no_reference(report):
     assert [(a.name, a.relabel_rows, a.params["steps"]) for a in attacks] == [
         (p.method, p.budget_rows, p.budget_steps) for p in counted
     ]
+    assert [(a.interval, a.control_interval) for a in attacks] == [
+        (p.interval, p.control_interval) for p in counted
+    ]
+    low, high = report.tiers["T5"].interval
+    assert low <= min(1 - a.interval[1] for a in report.attacks) + 1e-6
+    assert low - 1e-6 <= report.tiers["T5"].unmergeability <= high + 1e-6
     assert set(report.tiers["T5"].by_rows) == {"6", "12"}
     assert report.tiers["T5"].unmergeability == pytest.approx(
         1 - max(a.retained for a in report.attacks)
@@ -129,7 +146,7 @@ def test_without_the_release_nothing_of_it_is_used(shelf):
 
 def test_rows_used_up_do_not_choose(shelf):
     one = trainer(shelf)
-    alone = Candidate(one.arena, RELEASE, (RELEASE,), 1.0, one.own(True).items, 6)
+    alone = one.alone(6, False)
     found = one.arena.evaluate(one.arena.alone(RELEASE), RELEASE, "validation")
     rest = (found.logits[6:].argmax(1) == found.labels[6:]).float().mean()
     assert alone.accuracy(RELEASE, "validation") == pytest.approx(float(rest))
@@ -141,7 +158,8 @@ def test_without_a_control_the_release_is_the_same(shelf, report):
     settings = shelf.audit("lora", **{**T5, "recovery": ["probe"]})
     del settings["control"]
     arena = Arena(AuditSpec.model_validate(settings))
-    points = recovery({RELEASE: Attacker(arena, RELEASE)})
+    points, retained = recovery({RELEASE: Attacker(arena, RELEASE)}, Bootstrap(arena))
+    assert {*retained} == {RELEASE}
     assert CONTROL not in arena.sides
     assert [p.control_accuracy for p in points] == [None, None]
     assert [p.accuracy for p in points] == [p.accuracy for p in report.recovery[:2]]
@@ -153,3 +171,33 @@ def test_budgets_that_leave_no_rows_to_choose_by_are_refused():
         check_budget(spec, 100)
     check_budget(spec, 101)
     check_budget(AttackerSpec(), 10)
+
+
+def test_nothing_is_trained_twice(shelf, tmp_path, report, monkeypatch):
+    """Killed in the middle of training, then killed again, then run to its end, then once more."""
+    spec, taught, real = AuditSpec.model_validate(shelf.audit("lora", **T5)), [], Trainer.training
+
+    def training(trainer, start, rows, imitate=False):
+        taught.append(rows)
+        for found in real(trainer, start, rows, imitate):
+            if len(taught) in kills:
+                kills.remove(len(taught))
+                raise KeyboardInterrupt
+            yield found
+
+    kills = [9, 20]
+    monkeypatch.setattr(Trainer, "training", training)
+    whole = 2 * 2 * (2 + 2 * 2 + 1)  # sides, budgets; before (with, without), after (at c), distil
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), Ledger(tmp_path) as ledger:
+            audit(spec, ledger=ledger)
+    with Ledger(tmp_path) as ledger:
+        assert same(audit(spec, ledger=ledger), report)
+        assert whole < len(taught) <= whole + 4  # what was cut short begins anew
+        taught.clear()
+        assert same(audit(spec, ledger=ledger), report)
+        assert taught == []
+        other = AuditSpec.model_validate(shelf.audit("lora", **{**T5, **OTHERWISE}))
+        found = audit(other, ledger=ledger)
+    assert len(taught) >= whole
+    assert [p.accuracy for p in found.recovery] != [p.accuracy for p in report.recovery]

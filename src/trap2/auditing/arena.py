@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from trap2.attacks.statistics import mixed, normalising, recomputed
 from trap2.attacks.undo import undone
 from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector
-from trap2.auditing.contents import Contents
+from trap2.auditing.contents import Content, Contents
 from trap2.auditing.ledger import Ledger
 from trap2.auditing.mixture import Mixture as Mixture
 from trap2.auditing.mixture import Split as Split
@@ -44,6 +44,21 @@ T = TypeVar("T")
 
 Reading: TypeAlias = tuple[str, Split]
 """Whose task is read off a merge, and on which rows."""
+
+Job: TypeAlias = tuple[Mixture, tuple[Reading, ...]]
+"""A merge, and all that is read off it."""
+
+Done: TypeAlias = list[tuple[Reading, str, Tensor]]
+"""Of a job every reading, the key of its content, and its logits."""
+
+
+class Crew(Protocol):
+    """Others who do jobs, so many at a time: `workers.py`."""
+
+    count: int
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[Mixture, Done]]:
+        """Do the jobs, in any order."""
 
 
 class Member:
@@ -88,18 +103,23 @@ class Arena:
     """The base, the two sides and the partners of one audit.
 
     Evaluations are remembered: the same mixture on the same rows is never run twice. With a ledger
-    not even in another run; what is found there counts as an evaluation like any other.
+    not even in another run; what is found there counts as an evaluation like any other. A crew puts
+    there what is certain to be asked for, so it changes how long an audit takes and nothing else.
 
     Raises:
         UserError: Any input of the audit is not acceptable.
     """
 
-    ledger: Ledger | None = None
-
     def __init__(
-        self, spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None
+        self,
+        spec: AuditSpec,
+        progress: Progress = SILENT,
+        ledger: Ledger | None = None,
+        crew: Crew | None = None,
     ) -> None:
-        self.spec, self.progress, self.ledger = spec, progress, ledger
+        if crew is not None and ledger is None:
+            raise UserError("several workers meet in a ledger; give one, or do without workers")
+        self.spec, self.progress, self.ledger, self.crew = spec, progress, ledger, crew
         self.partners = tuple(partner.task.name for partner in spec.partners)
         for name in self.partners:
             if name in TAKEN:
@@ -135,11 +155,12 @@ class Arena:
         self.sides = tuple(name for name in (RELEASE, CONTROL) if name in self.members)
         self.evaluations = 0
         self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}
+        self._ahead: set[tuple[Mixture, str, Split]] = set()
         self._memory: dict[tuple[object, ...], object] = {}
         if ledger is not None:
             tried = spec.attacker
             attacks = (*tried.attacks, *tried.t3_attacks, *tried.data_attacks)
-            for change in ledger.outdated(self._contents.places(("task_arithmetic", *attacks))):
+            for change in ledger.outdated(self.contents.places(("task_arithmetic", *attacks))):
                 progress.note(change)
 
     def evaluate(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
@@ -149,8 +170,51 @@ class Arena:
             for (name, rows), found in self._evaluated(mixture, self._due(mixture, member, split)):
                 self._known[mixture, name, rows] = found
                 self.evaluations += 1
-                self.progress.tick()
+                if (mixture, name, rows) not in self._ahead:
+                    self.progress.tick()
         return self._known[key]
+
+    def prepare(self, wanted: Iterable[tuple[Mixture, str, Split]]) -> None:
+        """Have the crew make evaluations before they are asked for; without one, do nothing.
+
+        Each is in the ledger as soon as it is there. What `evaluate` gives stays the same, and so
+        does what it counts.
+
+        Args:
+            wanted: Mixtures, each with a member whose task is read off it and a split.
+
+        Raises:
+            UserError: A worker reads other files or has other libraries, or workers keep dying.
+        """
+        if self.crew is None or self.ledger is None:
+            return
+        jobs: dict[Mixture, dict[Reading, None]] = {}
+        for mixture, member, split in wanted:
+            for reading in self._due(mixture, member, split):
+                if self.is_ready((mixture, *reading)):
+                    continue
+                if self._recorded(mixture, *reading) is None:
+                    jobs.setdefault(mixture, {})[reading] = None
+        for mixture, done in self.crew([(m, tuple(readings)) for m, readings in jobs.items()]):
+            for reading, key, logits in done:
+                content = self.contents.of(mixture, *reading)
+                if content.key != key:
+                    raise UserError(
+                        f"a worker did not read what this process reads for {mixture}: weights, "
+                        "rows, code and library versions must be the same everywhere"
+                    )
+                self.ledger.put(content, logits)
+                self._ahead.add((mixture, *reading))
+                self.progress.tick()
+
+    def is_ready(self, asked: tuple[Mixture, str, Split]) -> bool:
+        """Whether that evaluation was made, by the crew or by this process."""
+        return asked in self._known or asked in self._ahead
+
+    @property
+    def width(self) -> int:
+        """How many jobs are done at a time."""
+        return 1 if self.crew is None else self.crew.count
 
     def _due(self, mixture: Mixture, member: str, split: Split) -> list[Reading]:
         """What to evaluate of a merge: where making it is dear, all that may be asked of it."""
@@ -227,26 +291,45 @@ class Arena:
                 lacking.append((name, split))
             else:
                 yield (name, split), found
-        if not lacking:
-            return
-        with self._merged(mixture):
-            for name, split in lacking:
-                evaluation = self.members[name].evaluators[split]()
-                if self.ledger is not None:
-                    content = self._contents.of(mixture, name, split)
-                    self.ledger.put(content, evaluation.logits)
-                yield (name, split), evaluation
+        for reading, evaluation in self.run(mixture, lacking):
+            if self.ledger is not None:
+                self.ledger.put(self.contents.of(mixture, *reading), evaluation.logits)
+            yield reading, evaluation
+
+    def run(
+        self, mixture: Mixture, readings: Sequence[Reading]
+    ) -> Iterator[tuple[Reading, Evaluation]]:
+        """Merge once and evaluate, whatever is known already."""
+        if readings:
+            with self._merged(mixture):
+                for name, split in readings:
+                    yield (name, split), self.members[name].evaluators[split]()
+
+    def recorded(
+        self, content: Callable[[], Content], labels: Tensor, work: Callable[[], Evaluation]
+    ) -> Evaluation:
+        """What the ledger holds for a content, or the result of `work`, which it then holds."""
+        if self.ledger is None:
+            return work()
+        asked = content()
+        logits = self.ledger.get(asked, len(labels))
+        if logits is not None:
+            return Evaluation(logits, labels)
+        found = work()
+        self.ledger.put(asked, found.logits)
+        return found
 
     def _recorded(self, mixture: Mixture, member: str, split: Split) -> Evaluation | None:
         """What the ledger holds of an evaluation, if anything."""
         if self.ledger is None:
             return None
         labels = self.members[member].evaluators[split].labels
-        logits = self.ledger.get(self._contents.of(mixture, member, split), len(labels))
+        logits = self.ledger.get(self.contents.of(mixture, member, split), len(labels))
         return None if logits is None else Evaluation(logits, labels)
 
     @cached_property
-    def _contents(self) -> Contents:
+    def contents(self) -> Contents:
+        """What its evaluations depend on."""
         tried = self.spec.attacker
         contents = Contents(
             self.base.folder, self.base.digest, tried.precision, tried.recompute_statistics

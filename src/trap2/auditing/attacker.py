@@ -18,18 +18,10 @@ does the same on every machine.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from trap2.attacks.attack import DATA_TIER, equal, load_attacks
-from trap2.auditing.arena import Arena, Mixture
+from trap2.auditing.arena import Arena, Mixture, Split
 from trap2.auditing.evolution import evolved
-from trap2.auditing.grid import (
-    check_budget,
-    own_coefficients,
-    settings,
-    shared_coefficients,
-    teams,
-)
+from trap2.auditing.grid import settings, shared_coefficients, teams
 from trap2.auditing.search import PEAKS, halfway, moved, peaks
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
@@ -67,66 +59,6 @@ class Catch:
     evaluations: int = 0
 
 
-def check_plan(spec: AttackerSpec, models: int) -> None:
-    """Refuse what no attack can do, before anything slow is done.
-
-    Args:
-        spec: What the attacker shall try.
-        models: How many models there are to merge.
-
-    Raises:
-        UserError: No attack, an unknown one or an unknown parameter, one that cannot merge so many
-            models, one for which no coefficient is left, or one whose grid exceeds the budget.
-    """
-    attacks = load_attacks()
-    if not (spec.attacks or spec.t3_attacks or spec.data_attacks or spec.recovery):
-        raise UserError(
-            "attacker.attacks, t3_attacks, data_attacks and recovery are all empty, so nothing "
-            f"would be tried; known: {', '.join(attacks)}"
-        )
-    for name, grid in spec.grids.items():
-        settings(attacks.get(name), grid)
-    for name in spec.coefficients if isinstance(spec.coefficients, dict) else ():
-        attacks.get(name)  # a name without an attack would be ignored
-    for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks, *spec.data_attacks]):
-        if attack.models[0] > models:
-            raise UserError(
-                f"attack '{attack.name}' merges {attack.models[0]} models or more, here are "
-                f"{models}; give more partners, or remove it from the attacks"
-            )
-        if not shared_coefficients(attack, spec):
-            raise UserError(
-                f"attack '{attack.name}' takes coefficients from 0 to 1, and "
-                f"attacker.coefficients has none; add some, or remove it from the attacks"
-            )
-        if not any(own_coefficients(attack, spec)):
-            raise UserError(
-                f"attack '{attack.name}' leaves the release out at every coefficient given; "
-                "add others to attacker.coefficients, or remove it from the attacks"
-            )
-        check_budget(attack, spec, models)
-    _check_lists(spec)
-    for attack in map(attacks.get, spec.t3_attacks):
-        if "T3" not in attack.tiers or (attack.models[1] or models) < models:
-            raise UserError(
-                f"attack '{attack.name}' cannot merge {models} models with one coefficient each, "
-                "which T3 does; remove it from attacker.t3_attacks"
-            )
-
-
-def _check_lists(spec: AttackerSpec) -> None:
-    """Whether every attack stands where what it needs is counted."""
-    for key in ("attacks", "t3_attacks", "data_attacks"):
-        for attack in map(load_attacks().get, getattr(spec, key)):
-            if attack.needs_data is not (key == "data_attacks"):
-                takes = "takes" if attack.needs_data else "takes no"
-                right = "data_attacks" if attack.needs_data else "attacks"
-                raise UserError(
-                    f"attacker.{key} has '{attack.name}', which {takes} unlabelled rows; "
-                    f"move it to attacker.{right}"
-                )
-
-
 @dataclass
 class Attacker:
     """One attacker against one side (the release or its control) of an arena."""
@@ -138,6 +70,25 @@ class Attacker:
     @property
     def _spec(self) -> AttackerSpec:
         return self.arena.spec.attacker
+
+    def certain(self) -> Iterator[tuple[Mixture, str, Split]]:
+        """The evaluations that its grids need, whatever they show."""
+        spec = self._spec
+        for name in dict.fromkeys((*spec.attacks, *spec.data_attacks, *spec.t3_attacks)):
+            yield from self._gains(self._grid(name))
+            if len(self.arena.partners) >= load_attacks().get(name).models[0]:
+                for team in dict.fromkeys(m.members[1:] for m in self._grid(name)):
+                    yield from self._of_partners(self._grid_of(name, team))
+
+    def _gains(self, mixtures: Iterable[Mixture]) -> Iterator[tuple[Mixture, str, Split]]:
+        """The side's own task in mixtures; those without it count only as others' neighbours."""
+        for mixture in mixtures:
+            if self._takes_part(mixture) or self._spec.refine:
+                yield mixture, self.side, "validation"
+
+    def _of_partners(self, mixtures: Iterable[Mixture]) -> Iterator[tuple[Mixture, str, Split]]:
+        """The partners' tasks in mixtures."""
+        return ((m, p, "validation") for m in mixtures for p in self._partners_in(m))
 
     def shared(self, name: str) -> Iterator[tuple[str, int, Catch]]:
         """T1 and T2 with one attack, or T4 with one that takes unlabelled rows.
@@ -165,9 +116,10 @@ class Attacker:
         self._try(name, self._grid(name))
         starts = [self._best(name, rows, score=False).mixture, *self._starts(name)]
         self._try(name, starts)
-        for start in dict.fromkeys(starts):
-            if start in self.explored[name]:
-                self._partners_keep(start)
+        taken = [start for start in dict.fromkeys(starts) if start in self.explored[name]]
+        self.arena.prepare(self._of_partners(taken))
+        for start in taken:
+            self._partners_keep(start)
         if "descent" in self._spec.t3_search:
             self._descend(name, rows)
         if "cma" in self._spec.t3_search:
@@ -211,6 +163,7 @@ class Attacker:
         for mixture in mixtures:
             if self._spec.budget is None or len(explored) < self._spec.budget:
                 explored[mixture] = None
+        self.arena.prepare(self._gains(explored))
 
     def _refine(self, name: str, rows: int) -> None:
         """Look halfway between the best mixtures and their neighbours.
@@ -224,8 +177,8 @@ class Attacker:
             optima = peaks(explored, lambda mixture: self._gain(mixture, rows))
             best = [found.mixture] if found.admissible else []
             best += [mixture for mixture in optima if self._takes_part(mixture)]
-            for mixture in [*dict.fromkeys(best)][:PEAKS]:
-                self._try(name, halfway(mixture, explored))
+            around = [*dict.fromkeys(best)][:PEAKS]
+            self._try(name, [between for m in around for between in halfway(m, explored)])
 
     def _takes_part(self, mixture: Mixture) -> bool:
         return mixture.coefficient_of(self.side) != 0
@@ -290,17 +243,23 @@ class Attacker:
         candidates = filter(self._takes_part, self.explored[name])
         ranked = sorted(candidates, key=lambda m: -self._gain(m, rows))
         floor = self._gain(self.arena.alone(self.side, 0.0), rows)
-        chosen = None
-        for mixture in ranked:
-            if self._gain(mixture, rows) <= floor:
-                break  # from here on, leaving the release out is as good
-            if self._partners_keep(mixture) >= self._spec.partners_keep:
-                chosen = mixture
-                break
+        # Where it gains no more, leaving the release out is as good.
+        worth = [mixture for mixture in ranked if self._gain(mixture, rows) > floor]
+        keep = self._spec.partners_keep
+        chosen = next((m for m in self._in_turn(worth) if self._partners_keep(m) >= keep), None)
         picked = chosen if chosen is not None else ranked[0]
         if not score:
             return Catch(name, rows, picked, chosen is not None, 0.0, 0.0, {}, {})
         return self._scored(name, rows, picked, chosen is not None, ranked[0])
+
+    def _in_turn(self, mixtures: Sequence[Mixture]) -> Iterator[Mixture]:
+        """One after another, with the partners' evaluations of the next few made at a time."""
+        left = [m for m in mixtures if not all(map(self.arena.is_ready, self._of_partners([m])))]
+        for mixture in mixtures:
+            if left and mixture == left[0]:
+                self.arena.prepare(self._of_partners(left[: self.arena.width]))
+                left = left[self.arena.width :]
+            yield mixture
 
     def _scored(
         self, name: str, rows: int, picked: Mixture, admissible: bool, unconstrained: Mixture
@@ -308,6 +267,10 @@ class Attacker:
         base = self.arena.alone(self.side, 0.0)
         without = self._without(name, picked)
         partners = self._partners_in(picked)
+        read = {picked: partners, without: partners}
+        for mixture in (picked if admissible else base, unconstrained):
+            read[mixture] = [*read.get(mixture, []), self.side]
+        self.arena.prepare((m, name, "test") for m, names in read.items() for name in names)
         return Catch(
             attack=name,
             rows=rows,
@@ -363,8 +326,10 @@ class Attacker:
         def tuned() -> Mixture:
             tried = dict.fromkeys(self._grid_of(name, partners))
             for _ in range(self._spec.refine):
+                self.arena.prepare(self._of_partners(tried))
                 for mixture in peaks([*tried], gain)[:PEAKS]:
                     tried |= dict.fromkeys(halfway(mixture, [*tried]))
+            self.arena.prepare(self._of_partners(tried))
             return max(tried, key=gain)
 
         return self.arena.remember(("without", name, partners), tuned)
@@ -384,8 +349,3 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
         return cross_validated_accuracy(evaluation, rows)
     rest = Evaluation(evaluation.logits[rows:], evaluation.labels[rows:])
     return relabelled_accuracy(evaluation, rest, rows)
-
-
-def chance(labels: torch.Tensor) -> float:
-    """Accuracy of always giving the most frequent label."""
-    return float(torch.bincount(labels).max() / len(labels))

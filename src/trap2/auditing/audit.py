@@ -1,17 +1,23 @@
 """`trap2 audit`: references, scale curves, the tuned attacker on both sides, verdict, record."""
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trap2.auditing.arena import CONTROL, RELEASE, Arena
-from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
+import torch
+from torch import Tensor
+
+from trap2.auditing.arena import CONTROL, RELEASE, Arena, Crew, Mixture, Split
+from trap2.auditing.attacker import Attacker, Catch
 from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
 from trap2.auditing.checks import raised
 from trap2.auditing.evidence import gather, recipe_of, release_record
 from trap2.auditing.ledger import Ledger
+from trap2.auditing.plan import check_plan
 from trap2.auditing.recovery import as_attacks, check_budget, recovery
 from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import limits, retained_skill, sentence, tier_results
@@ -32,7 +38,12 @@ from trap2.schema import (
 from trap2.tasks.relabel import relabelled_accuracy
 
 
-def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None) -> Report:
+def audit(
+    spec: AuditSpec,
+    progress: Progress = SILENT,
+    ledger: Ledger | None = None,
+    crew: Crew | None = None,
+) -> Report:
     """Audit one release.
 
     Args:
@@ -40,6 +51,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
         progress: Told what is being done.
         ledger: Where evaluations are recorded, and taken from if they are there: a killed audit
             goes on, with the same record in the end but for the times.
+        crew: `Workers` who evaluate beside this process, with the same record in the end.
 
     Returns:
         The record; nothing but the ledger is written.
@@ -50,20 +62,22 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
     started = time.monotonic()
     check_plan(spec.attacker, 1 + len(spec.partners))
     progress.say("reading releases and rows")
-    arena = Arena(spec, progress, ledger)
+    arena = Arena(spec, progress, ledger, crew)
     _check_rows(arena)
+    attackers = {side: Attacker(arena, side) for side in arena.sides}
+    _prepare(arena, attackers)
     progress.say("references and scale curves")
     references = _references(arena)
     evidence = gather(arena)
     curves = {side: _curve(arena, side) for side in arena.sides}
-    attackers = {side: Attacker(arena, side) for side in arena.sides}
     catches = {side: _attack(attacker) for side, attacker in attackers.items()}
     bootstrap = Bootstrap(arena)
     retained = {side: bootstrap.retained(side, found) for side, found in catches.items()}
     attacks = [_result(key, catches, references, retained) for key in catches[RELEASE]]
-    trained = recovery(attackers)
+    trained, kept = recovery(attackers, bootstrap)
     attacks += as_attacks(trained)
-    tiers = tier_results(attacks, references, spec.verdict, spreads(retained))
+    spread = spreads({side: {**retained[side], **kept[side]} for side in arena.sides})
+    tiers = tier_results(attacks, references, spec.verdict, spread)
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
     report = Report(
@@ -119,6 +133,21 @@ def _check_rows(arena: Arena) -> None:
     check_budget(arena.spec.attacker, found)
 
 
+def _prepare(arena: Arena, attackers: Mapping[str, Attacker]) -> None:
+    """Have the crew, if there is one, make all that will be asked for whatever comes."""
+    if arena.crew is not None:
+        arena.progress.say(f"references and grids, {arena.crew.count} mixtures at a time")
+        arena.prepare(chain(_certain(arena), *(a.certain() for a in attackers.values())))
+
+
+def _certain(arena: Arena) -> Iterator[tuple[Mixture, str, Split]]:
+    """The evaluations that references and scale curves need."""
+    for side in arena.sides:
+        yield from ((arena.alone(side, s), side, "validation") for s in (0.0, 1.0))
+        yield from ((arena.alone(side, s), side, "test") for s in (0.0, 1.0, *arena.spec.scales))
+    yield from ((arena.alone(p, s), p, "test") for p in arena.partners for s in (0.0, 1.0))
+
+
 def _references(arena: Arena) -> References:
     def accuracy(member: str, s: float) -> float:
         return arena.evaluate(arena.alone(member, s), member, "test").accuracy
@@ -154,6 +183,11 @@ def _references(arena: Arena) -> References:
             name: chance(arena.members[name].evaluators["test"].labels) for name in arena.partners
         },
     )
+
+
+def chance(labels: Tensor) -> float:
+    """Accuracy of always giving the most frequent label."""
+    return float(torch.bincount(labels).max() / len(labels))
 
 
 def _curve(arena: Arena, side: str) -> list[ScalePoint]:

@@ -19,11 +19,11 @@ from trap2.auditing.attacker import Catch
 from trap2.auditing.mixture import Mixture
 from trap2.auditing.verdict import TIERS, Spread
 from trap2.schema import Interval, Tier
-from trap2.tasks.relabel import relabelled_correct
+from trap2.tasks.relabel import Bools, relabelled_correct
 
 Floats: TypeAlias = NDArray[np.float64]
 Key: TypeAlias = tuple[str, str, int]
-"""An attack, its tier, and the labelled rows it re-labels from."""
+"""An attack, its tier, and the labelled rows it learns from."""
 
 Retained: TypeAlias = dict[Key, Floats]
 """The retained skill of every attack in every resample."""
@@ -49,16 +49,20 @@ class Bootstrap:
     def accuracy(self, mixture: Mixture, side: str, rows: int) -> Floats:
         """Accuracy (B,) of the protected task in a mixture, re-labelled if `rows` is not 0."""
 
-        def resampled() -> Floats:
+        def found() -> Floats:
             test = self._arena.evaluate(mixture, side, "test")
             correct = test.correct.numpy()
             if rows:
                 fit = self._arena.evaluate(mixture, side, "validation")
                 correct = relabelled_correct(fit, test, rows)
-            counted: Floats = self._counts @ correct.astype(np.float64) / self._rows
-            return counted
+            return self.resampled(correct)
 
-        return self._arena.remember(("resampled", mixture, side, rows), resampled)
+        return self._arena.remember(("resampled", mixture, side, rows), found)
+
+    def resampled(self, correct: Bools) -> Floats:
+        """Accuracy (B,) where these test rows (N,) are right."""
+        counted: Floats = self._counts @ correct.astype(np.float64) / self._rows
+        return counted
 
     def retained(self, side: str, catches: Mapping[Key, Catch]) -> Retained:
         """R (2, B) of every attack on one side: see `retained_share`."""

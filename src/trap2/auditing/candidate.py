@@ -1,28 +1,32 @@
 """What an attacker of tier T5 may end up with, evaluated only as far as the choice needs it."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from trap2.auditing.arena import Arena, Split
+from trap2.auditing.arena import Arena, Mixture, Split
+from trap2.auditing.contents import Content
 from trap2.tasks.evaluate import Evaluation
-from trap2.tasks.probe import Representation, probed_accuracy
+from trap2.tasks.probe import Representation, probed_correct
+from trap2.tasks.relabel import Bools
 
 Deltas = Iterable[tuple[str, Tensor]]
 
 
 class Candidate:
-    """A merged update, made anew each time it is evaluated.
+    """A merged update, made when the ledger lacks an evaluation of it.
 
     Args:
         arena: Where it is evaluated.
         side: The side whose task is attacked.
-        members: Who is merged in it.
-        coefficient: The shared coefficient of the merge.
+        mixture: The merge, as it would be without training.
         deltas: Makes the merged update.
         rows: Labelled validation rows that were used up; the choice is made on the others.
+        how: How its updates were trained, with all that decides what came of it; empty for those
+            that were released.
         probed: Whether the side's task is read by a probe fitted on those rows, not by its head.
     """
 
@@ -30,26 +34,37 @@ class Candidate:
         self,
         arena: Arena,
         side: str,
-        members: tuple[str, ...],
-        coefficient: float,
+        mixture: Mixture,
         deltas: Callable[[], Deltas],
         rows: int,
+        how: Mapping[str, Any],
         probed: bool = False,
     ) -> None:
-        self.coefficient, self.probed = coefficient, probed
-        self._arena, self._side, self._members = arena, side, members
-        self._deltas, self._rows = deltas, rows
+        self.coefficient, self.probed = mixture.coefficient_of(side), probed
+        self._mixture, self._how = mixture, how
+        self._arena, self._side, self._deltas, self._rows = arena, side, deltas, rows
         self._known: dict[tuple[str, Split], Evaluation] = {}
 
     def accuracy(self, member: str, split: Split) -> float:
         """Accuracy on a task; on the side's own validation rows without those used up."""
-        found = self._evaluation(member, split)
-        if member != self._side:
-            return found.accuracy
-        score = found if split == "test" else _after(found, self._rows)
-        if self.probed:
-            return probed_accuracy(self._evaluation(member, "validation"), score, self._rows)
-        return score.accuracy
+        if member == self._side and self.probed:
+            return float(self.correct(split).mean())
+        found = self._score(split) if member == self._side else self._evaluation(member, split)
+        return found.accuracy
+
+    def correct(self, split: Split) -> Bools:
+        """Which rows (N,) of the side's task are right, of its validation rows without those."""
+        if not self.probed:
+            return self._score(split).correct.numpy()
+        fit = self._evaluation(self._side, "validation")
+        return probed_correct(fit, self._score(split), self._rows)
+
+    def _score(self, split: Split) -> Evaluation:
+        """The side's task on the rows that were not used up."""
+        found = self._evaluation(self._side, split)
+        if split == "test":
+            return found
+        return Evaluation(found.logits[self._rows :], found.labels[self._rows :])
 
     def _evaluation(self, member: str, split: Split) -> Evaluation:
         if (member, split) not in self._known:
@@ -57,11 +72,24 @@ class Candidate:
             if self.probed and member == self._side:
                 evaluator = copy.copy(evaluator)
                 evaluator.model = Representation(self._arena.encoder)
-            with self._arena.holding(self._deltas(), self._members):
-                self._known[member, split] = evaluator()
+
+            def run() -> Evaluation:
+                with self._arena.holding(self._deltas(), self._mixture.members):
+                    return evaluator()
+
+            self._known[member, split] = self._arena.recorded(
+                lambda: self._content(member, split), evaluator.labels, run
+            )
             self._arena.evaluations += 1
             self._arena.progress.tick()
         return self._known[member, split]
+
+    def _content(self, member: str, split: Split) -> Content:
+        probed = self.probed and member == self._side
+        how = {**self._how, **({"read": "representation"} if probed else {})}
+        contents = self._arena.contents
+        plain = contents.of(self._mixture, member, split)
+        return contents.taught(plain, self._side, how) if how else plain
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,7 @@ class Choice:
         coefficient: Its coefficient.
         admissible: Whether the partners keep their share in it.
         accuracy: Accuracy on the side's task.
+        correct: Which of its rows (N,) are right.
         unconstrained: The same for the best candidate when partners do not matter.
         partners: Accuracy on each partner's task.
     """
@@ -79,6 +108,7 @@ class Choice:
     coefficient: float
     admissible: bool
     accuracy: float
+    correct: Bools
     unconstrained: float
     partners: dict[str, float]
 
@@ -106,10 +136,7 @@ def choose(
         coefficient=taken.coefficient,
         admissible=good is not None,
         accuracy=taken.accuracy(side, "test"),
+        correct=taken.correct("test"),
         unconstrained=ranked[0].accuracy(side, "test"),
         partners={p: taken.accuracy(p, "test") for p in floors},
     )
-
-
-def _after(found: Evaluation, rows: int) -> Evaluation:
-    return Evaluation(found.logits[rows:], found.labels[rows:])

@@ -8,10 +8,10 @@ import ast
 import hashlib
 import inspect
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -44,6 +44,9 @@ FOLLOWED = (
 REGISTRATION = "trap2.attacks.attack"
 """Our modules whose source is code that computes; registering, reading and checking computes
 nothing, so that a new attack leaves the others' evaluations valid."""
+
+TRAINS = ("trap2.auditing.recovery", "trap2.tasks.probe")
+"""Our modules that attackers who train run through beside those."""
 
 CONFIGS = ("*.json", "*.txt", "*.model")
 """Files of a base beside its weights that decide what it computes: configuration, tokenizer."""
@@ -152,10 +155,28 @@ class Contents:
             json.dumps(content, sort_keys=True), dict([*inputs.values(), *chain(*members)])
         )
 
+    def taught(self, plain: Content, side: str, how: Mapping[str, Any]) -> Content:
+        """What an evaluation depends on whose update was trained, or which is read by a probe.
+
+        Args:
+            plain: The same without that.
+            side: The member whose labelled validation rows and head were learned from.
+            how: What was done with how much, as JSON would have it.
+        """
+        inputs = {
+            "taught_by": _training_code(),
+            "taught_head": self._inputs["head", side],
+            "taught_rows": self._inputs["rows", side, "validation"],
+        }
+        digests = {name: digest for name, (_, digest) in inputs.items()}
+        content = {**json.loads(plain.text), **digests, "taught": dict(how)}
+        places = {**plain.places, **dict(inputs.values())}
+        return Content(json.dumps(content, sort_keys=True), places)
+
     def places(self, attacks: Iterable[str]) -> dict[str, str]:
         """The digest of every input of an audit with these attacks, by place."""
-        code = [_libraries(), _statistics(), *map(_code, attacks)]
-        return dict([self._base, *code, *self._inputs.values()])
+        codes = (_libraries(), _statistics(), _training_code(), *map(_code, attacks))
+        return dict([self._base, *codes, *self._inputs.values()])
 
     @cached_property
     def _base(self) -> Input:
@@ -219,6 +240,12 @@ def _code(attack: str) -> Input:
     return f"the code of attack '{attack}'", _digest(sources)
 
 
+@cache
+def _training_code() -> Input:
+    """The same for attackers who train."""
+    return "the code of attackers who train", _digest(_sources((*TRAINS, *COMPUTES)))
+
+
 def _sources(modules: Iterable[str]) -> dict[str, str]:
     """The source of modules, and of all of ours that they compute with, by name."""
     waiting, sources = [*modules], dict[str, str]()
@@ -226,8 +253,8 @@ def _sources(modules: Iterable[str]) -> dict[str, str]:
         name = waiting.pop()
         if name in sources:
             continue
-        sources[name] = inspect.getsource(sys.modules[name])
+        sources[name] = inspect.getsource(import_module(name))
         imports = (n for n in ast.walk(ast.parse(sources[name])) if isinstance(n, ast.ImportFrom))
-        found = (node.module or "" for node in imports)
-        waiting += [m for m in found if m.startswith(FOLLOWED) and m != REGISTRATION]
+        imported = (node.module or "" for node in imports)
+        waiting += [m for m in imported if m.startswith(FOLLOWED) and m != REGISTRATION]
     return sources

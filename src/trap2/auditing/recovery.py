@@ -11,14 +11,15 @@ Distillation needs nothing but a release that works alone, so no weight-space de
 an attack is worth its name only where it is cheaper than that.
 
 All merges are task arithmetic with one shared coefficient. Every weight that any of the merged
-updates changes is trained, with Adam at a fixed learning rate.
+updates changes is trained, with Adam at a fixed learning rate. Training is done when an evaluation
+is first asked for that the ledger lacks, so a killed audit trains nothing twice.
 
 Symbols: dW update; c shared coefficient.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from torch.nn import functional as F
 from trap2.attacks.attack import equal, merge
 from trap2.attacks.tuning import answers, imitation, tuned
 from trap2.attacks.vectors import TaskVector
-from trap2.auditing.arena import CONTROL, RELEASE, Split
+from trap2.auditing.arena import CONTROL, RELEASE, Mixture, Split
 from trap2.auditing.attacker import Attacker
+from trap2.auditing.bootstrap import Bootstrap, Floats, Retained, interval, retained_share
 from trap2.auditing.candidate import Candidate, Choice, choose
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
@@ -42,6 +44,9 @@ REFERENCES = ("distil",)
 
 Budget: TypeAlias = tuple[int, int]
 """Labelled rows, training steps."""
+
+How: TypeAlias = Mapping[str, Any]
+"""What was done to an update, by name, for the ledger."""
 
 Found: TypeAlias = Iterator[tuple[int, list[Candidate]]]
 """After so many steps, what the attacker may choose from."""
@@ -116,17 +121,48 @@ class Trainer:
         def deltas() -> Iterator[tuple[str, Tensor]]:
             return merge(MERGE, vectors, mixture.coefficients)
 
-        return Candidate(self.arena, self.side, mixture.members, 0.0, deltas, rows, probed)
+        return Candidate(self.arena, self.side, mixture, deltas, rows, {}, probed)
 
-    def candidates(self, own: TaskVector, rows: int, probed: bool = False) -> list[Candidate]:
+    def alone(self, rows: int, probed: bool) -> Candidate:
+        """The side as released."""
+        mixture = self.arena.alone(self.side)
+        return Candidate(self.arena, self.side, mixture, self.own(True).items, rows, {}, probed)
+
+    def candidates(
+        self, own: Callable[[], TaskVector], rows: int, how: How, probed: bool = False
+    ) -> list[Candidate]:
         """The merges of an update at every coefficient."""
+
+        def deltas(c: float) -> Iterator[tuple[str, Tensor]]:
+            return self.merged(own(), c)
+
         return [
-            Candidate(
-                *(self.arena, self.side, self.everyone, c),
-                *(partial(self.merged, own, c), rows, probed),
-            )
+            Candidate(self.arena, self.side, self.mixture(c), partial(deltas, c), rows, how, probed)
             for c in self.spec.recovery_coefficients
         ]
+
+    def mixture(self, c: float) -> Mixture:
+        """The side and all partners, as released."""
+        members = (self.side, *self.arena.partners)
+        return Mixture(MERGE, members, equal(c, len(members)))
+
+    def how(self, method: str, with_release: bool, rows: int, steps: int) -> How:
+        """All that decides what training ends in, beside what is merged."""
+        return {
+            "method": method,
+            "with_release": with_release,
+            "rows": rows,
+            "steps": steps,
+            "learning_rate": self.spec.recovery_learning_rate,
+            "seed": self.arena.spec.seed,
+        }
+
+    def course(
+        self, start: Callable[[], Mapping[str, Tensor]], rows: int, imitate: bool = False
+    ) -> Callable[[int], TaskVector]:
+        """Training that begins when the update after some of its steps is first asked for."""
+        trained = cache(lambda: dict(self.training(start(), rows, imitate)))
+        return lambda steps: trained()[steps]
 
     def training(
         self, start: Mapping[str, Tensor], rows: int, imitate: bool = False
@@ -160,32 +196,45 @@ class Trainer:
 
 
 def _probe(trainer: Trainer, rows: int, with_release: bool) -> Found:
-    yield 0, trainer.candidates(trainer.own(with_release), rows, probed=True)
+    how = {} if with_release else {"with_release": False}
+    yield 0, trainer.candidates(partial(trainer.own, with_release), rows, how, probed=True)
 
 
 def _finetune_before(trainer: Trainer, rows: int, with_release: bool) -> Found:
-    for steps, own in trainer.training(dict(trainer.own(with_release)), rows):
-        yield steps, trainer.candidates(own, rows)
+    after = trainer.course(lambda: dict(trainer.own(with_release)), rows)
+    for steps in trainer.spec.recovery_steps:
+        how = trainer.how("finetune_before", with_release, rows, steps)
+        yield steps, trainer.candidates(partial(after, steps), rows, how)
 
 
 def _distil(trainer: Trainer, rows: int, with_release: bool) -> Found:
     if not with_release:  # no teacher, nothing to learn
         yield from ((steps, []) for steps in trainer.spec.recovery_steps)
         return
-    for steps, own in trainer.training(dict(trainer.own(False)), rows, imitate=True):
-        yield steps, trainer.candidates(own, rows)
+    after = trainer.course(lambda: dict(trainer.own(False)), rows, imitate=True)
+    for steps in trainer.spec.recovery_steps:
+        how = trainer.how("distil", with_release, rows, steps)
+        yield steps, trainer.candidates(partial(after, steps), rows, how)
 
 
 def _finetune_after(trainer: Trainer, rows: int, with_release: bool) -> Found:
     found: dict[int, list[Candidate]] = {steps: [] for steps in trainer.spec.recovery_steps}
+
+    def start(c: float) -> Mapping[str, Tensor]:
+        return dict(trainer.merged(trainer.own(with_release), c))
+
     for c in trainer.spec.recovery_coefficients:
-        start = dict(trainer.merged(trainer.own(with_release), c))
-        for steps, whole in trainer.training(start, rows):
-            candidate = Candidate(
-                trainer.arena, trainer.side, trainer.everyone, c, whole.items, rows
-            )
+        after, mixture = trainer.course(partial(start, c), rows), trainer.mixture(c)
+        for steps in found:
+            how = trainer.how("finetune_after", with_release, rows, steps)
+            whole = partial(after, steps)
+            candidate = Candidate(trainer.arena, trainer.side, mixture, _items(whole), rows, how)
             found[steps].append(candidate)
     yield from found.items()
+
+
+def _items(vector: Callable[[], TaskVector]) -> Callable[[], Iterable[tuple[str, Tensor]]]:
+    return lambda: vector().items()
 
 
 METHODS: dict[str, Callable[[Trainer, int, bool], Found]] = {
@@ -196,28 +245,47 @@ METHODS: dict[str, Callable[[Trainer, int, bool], Found]] = {
 }
 
 
-def recovery(attackers: Mapping[str, Attacker]) -> list[RecoveryPoint]:
+def recovery(
+    attackers: Mapping[str, Attacker], bootstrap: Bootstrap
+) -> tuple[list[RecoveryPoint], dict[str, Retained]]:
     """Every trained attack of an audit, on both sides.
 
     Args:
         attackers: The attacker of each side.
+        bootstrap: Resamples of the test rows.
+
+    Returns:
+        What they reached, and by side the retained skill in every resample of those that count.
     """
     spec = attackers[RELEASE].arena.spec.attacker
     trainers = {side: Trainer(attacker) for side, attacker in attackers.items() if spec.recovery}
-    return [point for method in spec.recovery for point in _points(method, trainers)]
+    retained: dict[str, Retained] = {side: {} for side in attackers}
+    points = []
+    for method in spec.recovery:
+        for point, kept in _points(method, trainers, bootstrap):
+            points.append(point)
+            name = f"{method}, {point.budget_steps} steps"
+            for side, share in ({} if point.reference else kept).items():
+                retained[side][name, "T5", point.budget_rows] = share
+    return points, retained
 
 
-def _points(method: str, trainers: Mapping[str, Trainer]) -> Iterator[RecoveryPoint]:
+def _points(
+    method: str, trainers: Mapping[str, Trainer], bootstrap: Bootstrap
+) -> Iterator[tuple[RecoveryPoint, dict[str, Floats]]]:
+    """A point for every budget, and by side its retained skill in every resample."""
     found = {
         side: [trainer.choices(method, with_release) for with_release in (True, False)]
         for side, trainer in trainers.items()
     }
     for budget in found[RELEASE][0]:
-        sides = {
-            side: _side(method, trainer, found[side][0][budget], found[side][1][budget], budget[0])
-            for side, trainer in trainers.items()
-        }
-        yield RecoveryPoint(
+        sides, kept = {}, {}
+        for side, trainer in trainers.items():
+            taken, without = (choices[budget] for choices in found[side])
+            alone = trainer.alone(budget[0], method == "probe")
+            kept[side] = _retained(bootstrap, taken, without, alone)
+            sides[side] = _side(trainer, taken, without, alone) | {"interval": interval(kept[side])}
+        point = RecoveryPoint(
             method=method,
             reference=method in REFERENCES,
             budget_rows=budget[0],
@@ -229,13 +297,19 @@ def _points(method: str, trainers: Mapping[str, Trainer]) -> Iterator[RecoveryPo
                 if key not in ("partners", "unconstrained")
             },
         )
+        yield point, kept
 
 
-def _side(
-    method: str, trainer: Trainer, taken: Choice, without: Choice, rows: int
-) -> dict[str, object]:
+def _retained(bootstrap: Bootstrap, taken: Choice, without: Choice, alone: Candidate) -> Floats:
+    """R (2, B): see `retained_share`."""
+    merged = (taken if taken.admissible else without).correct
+    rows = (merged, without.correct, alone.correct("test"))
+    return retained_share(*map(bootstrap.resampled, rows))
+
+
+def _side(trainer: Trainer, taken: Choice, without: Choice, alone: Candidate) -> dict[str, object]:
     """One side's part of a point. A choice that does not count leaves the release out."""
-    standalone = _standalone(method, trainer, rows)
+    standalone = alone.accuracy(trainer.side, "test")
     accuracy = taken.accuracy if taken.admissible else without.accuracy
     return {
         "coefficient": taken.coefficient,
@@ -250,15 +324,6 @@ def _side(
             for p, accuracy in taken.partners.items()
         },
     }
-
-
-def _standalone(method: str, trainer: Trainer, rows: int) -> float:
-    """The side as released, read in the way of the method."""
-    alone = Candidate(
-        *(trainer.arena, trainer.side, (trainer.side,), 1.0),
-        *(trainer.own(True).items, rows, method == "probe"),
-    )
-    return alone.accuracy(trainer.side, "test")
 
 
 def as_attacks(points: Sequence[RecoveryPoint]) -> list[AttackResult]:
@@ -280,6 +345,8 @@ def as_attacks(points: Sequence[RecoveryPoint]) -> list[AttackResult]:
             control_retained=point.control_retained,
             control_admissible=point.control_admissible,
             relabel_rows=point.budget_rows,
+            interval=point.interval,
+            control_interval=point.control_interval,
         )
         for point in points
         if not point.reference

@@ -13,6 +13,13 @@ CHANGES: dict[str, Any] = {
 }
 
 
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; write a whole number from 1 on")
+    return int(text)
+
+
 def numbers(text: str) -> list[float]:
     """Finite numbers between commas."""
     try:

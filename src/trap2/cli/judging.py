@@ -3,12 +3,17 @@
 import argparse
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trap2.cli.arguments import CHANGES, numbers, parameter, required
+from trap2.cli.arguments import CHANGES, count, numbers, parameter, required
 from trap2.errors import UserError
 from trap2.registry import Registry
+
+if TYPE_CHECKING:
+    from trap2.auditing.arena import Crew
+    from trap2.recipes import AuditSpec
 
 
 def add_judging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,6 +29,13 @@ def add_judging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     audit.add_argument(
         "--ledger", type=Path, help="folder of recorded evaluations, may be shared; default OUT"
     )
+    audit.add_argument(
+        "--workers", type=count, default=1, metavar="N", help="processes that evaluate; default 1"
+    )
+    audit.add_argument(
+        "--backend", choices=["loky", "ray"], default="loky", help="of the workers; default loky"
+    )
+    audit.add_argument("--ray-address", metavar="HOST:PORT", help="cluster; default this machine")
     audit.add_argument(
         "--require",
         type=required,
@@ -122,8 +134,12 @@ def _audit(chosen: argparse.Namespace) -> int:
         from trap2.progress import audit_bar
         from trap2.reporting import html, text
 
-        with audit_bar() as progress, Ledger(chosen.ledger or chosen.out) as ledger:
-            report = audit(spec, progress, ledger)
+        with (
+            audit_bar() as progress,
+            Ledger(chosen.ledger or chosen.out) as ledger,
+            _workers(chosen, spec) as workers,
+        ):
+            report = audit(spec, progress, ledger, workers)
         html.save(report, chosen.out / "report.html")
         report.save(chosen.out / "report.json")  # last: with it the audit is finished
     print(text.render(report))
@@ -132,6 +148,21 @@ def _audit(chosen: argparse.Namespace) -> int:
     for reason in reasons:
         print(f"trap2: not met: {reason}", file=sys.stderr)
     return 1 if reasons else 0
+
+
+def _workers(
+    chosen: argparse.Namespace, spec: "AuditSpec"
+) -> AbstractContextManager["Crew | None"]:
+    """Who evaluates beside this process: nobody, unless there are several workers."""
+    if chosen.workers == 1:
+        if chosen.backend == "ray":
+            raise UserError("--backend ray with one worker gains nothing; add --workers N")
+        return nullcontext()
+    if chosen.ray_address and chosen.backend != "ray":
+        raise UserError(f"--ray-address {chosen.ray_address} needs --backend ray; add it")
+    from trap2.auditing.workers import Workers
+
+    return Workers(spec, chosen.workers, chosen.backend, chosen.ray_address)
 
 
 def _combine(chosen: argparse.Namespace) -> None:

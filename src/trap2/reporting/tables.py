@@ -224,7 +224,17 @@ def recovery_table(report: Report) -> Table:
     """What attackers who train get, by budget, with the release and without it."""
     return Table(
         "Attackers who train: accuracy on the protected task by budget",
-        ("method", "rows", "steps", "release", "without it", "control", "without", "retained"),
+        (
+            "method",
+            "rows",
+            "steps",
+            "release",
+            "without it",
+            "control",
+            "without",
+            "retained",
+            "of control's",
+        ),
         tuple(
             (
                 clean(p.method) + (" (reference)" if p.reference else ""),
@@ -234,12 +244,13 @@ def recovery_table(report: Report) -> Table:
                 percent(p.without_release),
                 ("*" if p.control_admissible is False else "") + percent(p.control_accuracy),
                 percent(p.control_without_release),
-                f"{percent(p.retained)} ({percent(p.control_retained)})",
+                percent(p.retained, p.interval),
+                percent(p.control_retained, p.control_interval),
             )
             for p in report.recovery
         ),
         ("method",),
-        "* no merge counts, so the release is left out; retained (of the control): the share of "
+        "* no merge counts, so the release is left out; retained: the share of "
         "what the release has beyond the same budget without it",
     )
 

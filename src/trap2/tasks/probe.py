@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from trap2.tasks.evaluate import Evaluation
-from trap2.tasks.relabel import first_rows
+from trap2.tasks.relabel import Bools, first_rows
 
 PENALTIES = 10.0 ** np.arange(0, 6)
 """Ridge penalties tried; the best leave-one-out score on the fitted rows chooses."""
@@ -40,7 +40,16 @@ class Representation(nn.Module):
 
 
 def probed_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
-    """Accuracy on `score` of a ridge classifier fitted on the first `rows` rows of `fit`.
+    """Share of `score` that the probe of `probed_correct` gets right.
+
+    Raises:
+        UserError: `fit` has fewer rows, or too few to fit anything.
+    """
+    return float(probed_correct(fit, score, rows).mean())
+
+
+def probed_correct(fit: Evaluation, score: Evaluation, rows: int) -> Bools:
+    """Which rows (N,) of `score` a ridge classifier fitted on the first `rows` of `fit` gets right.
 
     Args:
         fit: Representations of labelled rows the attacker has.
@@ -53,6 +62,6 @@ def probed_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
     Z, y = first_rows(fit, rows)
     new, labels = first_rows(score, len(score.labels))
     if len(np.unique(y)) < 2:
-        return float((labels == y[0]).mean())
+        return np.asarray(labels == y[0])
     probe = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=PENALTIES))
-    return float((probe.fit(Z, y).predict(new) == labels).mean())
+    return np.asarray(probe.fit(Z, y).predict(new) == labels)
