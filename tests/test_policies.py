@@ -17,7 +17,7 @@ Tree = dict[str, str]
 
 CORE = (
     *("errors", "registry", "files", "checkpoint", "naming", "update", "scales"),
-    *("schema", "suites", "recipes", "provenance", "progress", "signing"),
+    *("schema", "suites", "taskspec", "recipes", "provenance", "progress", "signing"),
 )
 MAY_IMPORT = {
     "core": ("core",),
@@ -44,6 +44,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": ("trap2.tasks.relabel", "trap2.tasks.probe"),
     "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine"),
     "model_signing": ("trap2.signing",),
+    "lm_eval": ("trap2.tasks.harness",),
     "mergekit": (),
     "trl": (),
     "pickle": (),

@@ -18,18 +18,18 @@ from trap2.auditing.attacker import Attacker, chance, check_plan
 from trap2.errors import UserError
 from trap2.progress import SILENT
 from trap2.recipes import AttackerSpec
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification
 
 ROWS = 60
 LABELS = torch.tensor(random.Random(0).choices(range(3), k=ROWS))
 Score = Callable[[Mixture, str, str], float]
 
 
-def answers(accuracy: float, shift: int = 0) -> Evaluation:
+def answers(accuracy: float, shift: int = 0) -> Classification:
     """Outputs that are right on this share of the rows, with the labels shifted when asked for."""
     right = torch.tensor([int((i + 1) * accuracy) > int(i * accuracy) for i in range(ROWS)])
     said = torch.where(right, LABELS + shift, LABELS + shift + 1) % 3
-    return Evaluation(5.0 * torch.nn.functional.one_hot(said, 3).float(), LABELS)
+    return Classification(5.0 * torch.nn.functional.one_hot(said, 3).float(), LABELS)
 
 
 class Table(Arena):
@@ -44,7 +44,7 @@ class Table(Arena):
         self.sides = (RELEASE,)
         self._known, self._memory = {}, {}
 
-        def evaluator(member: str, split: str) -> Callable[[], Evaluation]:
+        def evaluator(member: str, split: str) -> Callable[[], Classification]:
             moved = shift if shift and member == RELEASE else lambda mixture: 0
             return lambda: answers(score(self.now, member, split), moved(self.now))
 

@@ -25,7 +25,8 @@ from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
 from trap2.recipes import AuditSpec, TaskSpec
 from trap2.tasks.data import load_rows
-from trap2.tasks.evaluate import Evaluation, Evaluator
+from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.model import Inputs, base_folder, build, load_encoder, load_head
 from trap2.update import Update
 
@@ -70,7 +71,7 @@ class Member:
         self.vector = TaskVector.of(dict(self.update) if held else self.update)
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
-        load_head(model, self.update.head, path)
+        load_head(model, task, self.update.head, path)
         self.rows = {
             split: load_rows(task, split, seed).first(count) for split, count in rows.items()
         }
@@ -94,7 +95,7 @@ class Arena:
     def __init__(
         self, spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None
     ) -> None:
-        self.spec, self.progress, self.ledger = spec, progress, ledger
+        self.progress, self.ledger = progress, ledger
         self.partners = tuple(partner.task.name for partner in spec.partners)
         for name in self.partners:
             if name in TAKEN:
@@ -104,7 +105,8 @@ class Arena:
                 )
         base = base_folder(spec.base)
         self.base = Checkpoint(base)
-        self.encoder = load_encoder(base)
+        tasks = [spec.release.task, *(partner.task for partner in spec.partners)]
+        self.encoder = load_encoder(base, language=any(task.is_language for task in tasks))
         self.live = LiveModel(self.encoder, self.base)
         rows: dict[Split, int] = {
             "validation": spec.attacker.validation_rows,
@@ -119,6 +121,7 @@ class Arena:
             self.members[CONTROL] = member(spec.control, spec.release.task)
         for partner in spec.partners:
             self.members[partner.task.name] = member(partner.path, partner.task)
+        self.spec = _readable(spec, self.members[RELEASE])
         self.sides = tuple(name for name in (RELEASE, CONTROL) if name in self.members)
         self.evaluations = 0
         self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}
@@ -162,7 +165,7 @@ class Arena:
     def unlabelled(self, member: str, count: int | None = None) -> Unlabelled:
         """The first validation rows of a member's task, without their labels."""
         rows = self.members[member].evaluators["validation"]
-        count = min(count or self.spec.attacker.unlabelled_rows, len(rows.labels))
+        count = min(count or self.spec.attacker.unlabelled_rows, len(rows))
         return self.remember(
             ("unlabelled", member, count),
             lambda: Unlabelled(self.live, rows.model, count, rows.batch),
@@ -189,16 +192,16 @@ class Arena:
                 evaluation = self.members[name].evaluators[split]()
                 if self.ledger is not None:
                     content = self._contents.of(mixture, name, split)
-                    self.ledger.put(content, evaluation.logits)
+                    self.ledger.put(content, evaluation.outputs)
                 yield (name, split), evaluation
 
     def _recorded(self, mixture: Mixture, member: str, split: Split) -> Evaluation | None:
         """What the ledger holds of an evaluation, if anything."""
         if self.ledger is None:
             return None
-        labels = self.members[member].evaluators[split].labels
-        logits = self.ledger.get(self._contents.of(mixture, member, split), len(labels))
-        return None if logits is None else Evaluation(logits, labels)
+        evaluator = self.members[member].evaluators[split]
+        outputs = self.ledger.get(self._contents.of(mixture, member, split), len(evaluator))
+        return None if outputs is None else evaluator.reading.evaluation(outputs)
 
     @cached_property
     def _contents(self) -> Contents:
@@ -224,3 +227,11 @@ class Arena:
         )
         with self.live.merged(deltas):
             yield
+
+
+def _readable(spec: AuditSpec, release: Member) -> AuditSpec:
+    """The audit without re-labelling, where the release gives no class outputs to re-label."""
+    if all(evaluator.reading.classes for evaluator in release.evaluators.values()):
+        return spec
+    attacker = spec.attacker.model_copy(update={"relabel_rows": []})
+    return spec.model_copy(update={"attacker": attacker})

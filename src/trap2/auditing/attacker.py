@@ -18,8 +18,6 @@ does the same on every machine.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from trap2.attacks.attack import DATA_TIER, equal, load_attacks
 from trap2.auditing.arena import Arena, Mixture
 from trap2.auditing.grid import (
@@ -33,7 +31,7 @@ from trap2.auditing.search import PEAKS, halfway, moved, peaks
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
 
 
@@ -356,7 +354,7 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
     """Raw accuracy, or re-labelled: fitted on the first rows and read on the rest, or crosswise."""
     if rows == 0:
         return evaluation.accuracy
-    count = len(evaluation.labels)
+    count = len(evaluation)
     if rows > count:
         raise UserError(
             f"re-labelling with {rows} rows needs as many validation rows, there are {count}; "
@@ -364,10 +362,4 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
         )
     if rows > count // 2:
         return cross_validated_accuracy(evaluation, rows)
-    rest = Evaluation(evaluation.logits[rows:], evaluation.labels[rows:])
-    return relabelled_accuracy(evaluation, rest, rows)
-
-
-def chance(labels: torch.Tensor) -> float:
-    """Accuracy of always giving the most frequent label."""
-    return float(torch.bincount(labels).max() / len(labels))
+    return relabelled_accuracy(evaluation, evaluation.after(rows), rows)

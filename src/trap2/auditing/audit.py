@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trap2.auditing.arena import CONTROL, RELEASE, Arena
-from trap2.auditing.attacker import Attacker, Catch, chance, check_plan
+from trap2.auditing.attacker import Attacker, Catch, check_plan
 from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
 from trap2.auditing.checks import raised
 from trap2.auditing.evidence import gather, recipe_of, release_record
@@ -29,6 +29,7 @@ from trap2.schema import (
     ScalePoint,
 )
 from trap2.tasks.relabel import relabelled_accuracy
+from trap2.taskspec import CLASSIFIED
 
 
 def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = None) -> Report:
@@ -48,8 +49,10 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
     """
     started = time.monotonic()
     check_plan(spec.attacker, 1 + len(spec.partners))
+    _check_kinds(spec)
     progress.say("reading releases and rows")
     arena = Arena(spec, progress, ledger)
+    spec = arena.spec
     _check_rows(arena)
     progress.say("references and scale curves")
     references = _references(arena)
@@ -65,6 +68,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
     tiers = tier_results(attacks, references, spec.verdict, spreads(retained))
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
+    unread = "" if release.evaluators["test"].reading.classes else spec.release.task.kind
     report = Report(
         release=_release_info(arena),
         references=references,
@@ -80,7 +84,7 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
         thresholds=spec.verdict,
         evidence=evidence,
         verdict=sentence(references, cost, tiers, spec.verdict),
-        limits=limits(spec.attacker.recovery),
+        limits=limits(spec.attacker.recovery, unread),
         settings=spec.attacker.model_dump(mode="json"),
         versions=versions(),
         machine=machine(),
@@ -88,8 +92,8 @@ def audit(spec: AuditSpec, progress: Progress = SILENT, ledger: Ledger | None = 
         digests={"base": arena.base.digest}
         | {name: member.update.digest for name, member in arena.members.items()},
         rows={
-            "validation": len(release.evaluators["validation"].labels),
-            "test": len(release.evaluators["test"].labels),
+            "validation": len(release.evaluators["validation"]),
+            "test": len(release.evaluators["test"]),
             "evaluations": arena.evaluations,
             **_unlabelled(arena),
         },
@@ -106,10 +110,21 @@ def _unlabelled(arena: Arena) -> dict[str, int]:
     return {"unlabelled": max(arena.unlabelled(name).rows for name in arena.members)}
 
 
+def _check_kinds(spec: AuditSpec) -> None:
+    """Attackers who run rows themselves know heads of classes only."""
+    tried = spec.attacker
+    for task in (spec.release.task, *(partner.task for partner in spec.partners)):
+        if (tried.data_attacks or tried.recovery) and task.kind not in CLASSIFIED:
+            raise UserError(
+                f"task '{task.name}' is of kind {task.kind}, and tiers T4 and T5 work on the "
+                "outputs of a head of classes; remove attacker.data_attacks and attacker.recovery"
+            )
+
+
 def _check_rows(arena: Arena) -> None:
     """Labelled rows enough for every re-labelling, before anything slow is done."""
     wanted = max(arena.spec.attacker.relabel_rows, default=0)
-    found = len(arena.members[RELEASE].evaluators["validation"].labels)
+    found = len(arena.members[RELEASE].evaluators["validation"])
     if found < wanted:
         raise UserError(
             f"re-labelling with {wanted} rows needs as many validation rows, there are {found}; "
@@ -130,13 +145,16 @@ def _references(arena: Arena) -> References:
             rows,
         )
 
+    def chance(member: str) -> float:
+        return arena.members[member].evaluators["test"].reading.chance
+
     has_control = CONTROL in arena.sides
     return References(
         base=accuracy(RELEASE, 0.0),
         standalone=accuracy(RELEASE, 1.0),
         control=accuracy(CONTROL, 1.0) if has_control else None,
         control_base=accuracy(CONTROL, 0.0) if has_control else None,
-        chance=chance(arena.members[RELEASE].evaluators["test"].labels),
+        chance=chance(RELEASE),
         relabelled=[
             RelabelledReferences(
                 rows=rows,
@@ -149,9 +167,7 @@ def _references(arena: Arena) -> References:
         ],
         partners={name: accuracy(name, 1.0) for name in arena.partners},
         partners_base={name: accuracy(name, 0.0) for name in arena.partners},
-        partners_chance={
-            name: chance(arena.members[name].evaluators["test"].labels) for name in arena.partners
-        },
+        partners_chance={name: chance(name) for name in arena.partners},
     )
 
 
@@ -252,7 +268,7 @@ def _release_info(arena: Arena) -> ReleaseInfo:
         name=spec.release.path.name,
         kind=release.update.kind,
         task=spec.release.task.name,
-        classes=len(spec.release.task.classes),
+        classes=release.evaluators["test"].reading.classes,
         partners=list(arena.partners),
         base=Path(spec.base).name,
         has_control=CONTROL in arena.sides,

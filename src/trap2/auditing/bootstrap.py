@@ -41,7 +41,7 @@ class Bootstrap:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._rows = len(arena.members[RELEASE].evaluators["test"].labels)
+        self._rows = len(arena.members[RELEASE].evaluators["test"])
         draw = np.random.default_rng([arena.spec.seed, self._rows])
         drawn = draw.multinomial(self._rows, np.full(self._rows, 1 / self._rows), RESAMPLES)
         self._counts = np.concatenate([np.ones((1, self._rows)), drawn])
@@ -51,11 +51,11 @@ class Bootstrap:
 
         def resampled() -> Floats:
             test = self._arena.evaluate(mixture, side, "test")
-            correct = test.correct.numpy()
+            scores: Floats = test.scores.double().numpy()
             if rows:
                 fit = self._arena.evaluate(mixture, side, "validation")
-                correct = relabelled_correct(fit, test, rows)
-            counted: Floats = self._counts @ correct.astype(np.float64) / self._rows
+                scores = relabelled_correct(fit, test, rows).astype(np.float64)
+            counted: Floats = self._counts @ scores / self._rows
             return counted
 
         return self._arena.remember(("resampled", mixture, side, rows), resampled)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trap2.auditing.arena import Arena, Split
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.probe import Representation, probed_accuracy
 
 Deltas = Iterable[tuple[str, Tensor]]
@@ -43,7 +43,7 @@ class Candidate:
         found = self._evaluation(member, split)
         if member != self._side:
             return found.accuracy
-        score = found if split == "test" else _after(found, self._rows)
+        score = found if split == "test" else found.after(self._rows)
         if self.probed:
             return probed_accuracy(self._evaluation(member, "validation"), score, self._rows)
         return score.accuracy
@@ -106,7 +106,3 @@ def choose(
         unconstrained=ranked[0].accuracy(side, "test"),
         partners={p: taken.accuracy(p, "test") for p in floors},
     )
-
-
-def _after(found: Evaluation, rows: int) -> Evaluation:
-    return Evaluation(found.logits[rows:], found.labels[rows:])

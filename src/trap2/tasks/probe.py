@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.relabel import first_rows
 
 PENALTIES = 10.0 ** np.arange(0, 6)
@@ -51,7 +51,7 @@ def probed_accuracy(fit: Evaluation, score: Evaluation, rows: int) -> float:
         UserError: `fit` has fewer rows, or too few to fit anything.
     """
     Z, y = first_rows(fit, rows)
-    new, labels = first_rows(score, len(score.labels))
+    new, labels = first_rows(score, len(score))
     if len(np.unique(y)) < 2:
         return float((labels == y[0]).mean())
     probe = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=PENALTIES))
