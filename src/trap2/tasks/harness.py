@@ -17,6 +17,9 @@ from trap2.taskspec import TaskSpec
 BATCH = 16
 """Rows per forward pass of the harness."""
 
+FEWSHOT_SEED = 1234
+"""The harness's own default: which examples stand in a few-shot prompt."""
+
 Row = tuple[int, str]
 """A row's place in the harness's task, and its content as JSON."""
 
@@ -27,7 +30,7 @@ def harness_rows(task: TaskSpec) -> list[Row]:
     Raises:
         UserError: lm-eval is not installed, has no such task, or cannot read its rows.
     """
-    docs = _loaded(task).eval_docs
+    docs = _loaded(task)["tasks"][_name(task)].eval_docs
     return [(place, json.dumps(doc, sort_keys=True)) for place, doc in enumerate(docs)]
 
 
@@ -40,7 +43,7 @@ class HarnessTask(Reading):
     def __init__(self, inputs: Inputs, rows: Sequence[Row], labels: Sequence[Any]) -> None:
         self.batch_size, self.classes, self.chance = len(rows), 0, 0.0
         self.lengths = [0] * len(rows)
-        self._inputs, self._rows, self._task = inputs, rows, _loaded(inputs.task)
+        self._inputs, self._rows, self._loaded = inputs, rows, _loaded(inputs.task)
 
     def read(self, model: nn.Module, places: Sequence[int]) -> Tensor:
         """The metric (n, 1).
@@ -48,16 +51,16 @@ class HarnessTask(Reading):
         Raises:
             UserError: The task has no such metric, or not one in [0, 1] for each row.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
         spec = self._inputs.task.lm_eval
         assert spec is not None
         wanted = [self._rows[i][0] for i in places]
-        judge = HFLM(pretrained=model, tokenizer=self._inputs.processor, batch_size=BATCH)
-        found = simple_evaluate(
-            judge,
-            tasks=[self._task],
+        self._loaded["tasks"][spec.task].set_fewshot_seed(FEWSHOT_SEED)
+        found = evaluate(
+            HFLM(pretrained=model, tokenizer=self._inputs.processor, batch_size=BATCH),
+            self._loaded,
             samples={spec.task: sorted(wanted)},
             bootstrap_iters=0,
         )
@@ -77,8 +80,13 @@ class HarnessTask(Reading):
         return Scored(outputs)
 
 
+def _name(task: TaskSpec) -> str:
+    assert task.lm_eval is not None
+    return task.lm_eval.task
+
+
 def _loaded(task: TaskSpec) -> Any:
-    """The harness's own task."""
+    """The harness's own task, in the form in which it evaluates tasks."""
     spec = task.lm_eval
     assert spec is not None
     if importlib.util.find_spec("lm_eval") is None:
@@ -96,9 +104,13 @@ def _loaded(task: TaskSpec) -> Any:
         where = spec.folder or "lm-eval"
         raise UserError(f"{where} has no task '{spec.task}'; check its name, groups are no tasks")
     try:
-        return manager.load([spec.task])["tasks"][spec.task]
+        loaded = manager.load([spec.task])
     except (OSError, ValueError, LookupError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"lm-eval cannot read the rows of '{spec.task}': {reason}; check its data"
         ) from error
+    own = loaded["tasks"][spec.task]
+    if own.get_config("num_fewshot") is None:
+        own.set_config("num_fewshot", 0)
+    return loaded
