@@ -63,3 +63,14 @@ def pico_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[..., colour] += 150
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one random pico Llama with its tokenizer; read it, never write into it."""
+    import trainees
+
+    folder = tmp_path_factory.mktemp("pico") / "llama"
+    trainees.llama().save_pretrained(folder)  # type: ignore[operator]
+    trainees.tokenizer().save_pretrained(folder)
+    return folder

@@ -17,7 +17,7 @@ Tree = dict[str, str]
 
 CORE = (
     *("errors", "registry", "files", "checkpoint", "naming", "adapters", "update", "scales"),
-    *("schema", "suites", "recipes", "provenance", "progress", "signing"),
+    *("schema", "suites", "taskspec", "recipes", "provenance", "progress", "signing"),
 )
 MAY_IMPORT = {
     "core": ("core",),
@@ -45,6 +45,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "scipy": ("trap2.tasks.relabel", "trap2.auditing.combine", "trap2.attacks.matching"),
     "cma": ("trap2.auditing.evolution",),
     "model_signing": ("trap2.signing",),
+    "lm_eval": ("trap2.tasks.harness",),
     "mergekit": (),
     "trl": (),
     "pickle": (),

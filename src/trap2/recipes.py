@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     ValidationError,
@@ -22,70 +21,13 @@ from trap2.errors import UserError
 from trap2.registry import did_you_mean
 from trap2.schema import Thresholds
 from trap2.suites import QUICK, SUITES, suite
+from trap2.taskspec import Settings
+from trap2.taskspec import TaskSpec as TaskSpec
 
 SEARCH = {"t3_search": ["descent"]}
 """What every suite fixes beside its own settings: how T3 searches in all of them so far."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
-
-
-class Settings(BaseModel):
-    """Base of everything in a recipe: nothing unknown, nothing changed later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSpec(Settings):
-    """Where labelled rows come from: files, an image folder, or a Hub data set."""
-
-    train: Path | None = Field(None, description="csv, json(l) or parquet file")
-    validation: Path | None = Field(None, description="same; carved from train where absent")
-    test: Path | None = Field(None, description="same; needed by audits")
-    imagefolder: Path | None = Field(None, description="folder of split/class/image files")
-    hub: str | None = Field(None, description="id of a Hub data set")
-    hub_config: str | None = Field(None, description="its configuration")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="carved from train")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataSpec":
-        given = [self.train or self.validation or self.test, self.imagefolder, self.hub]
-        if sum(source is not None for source in given) != 1:
-            raise ValueError("give exactly one source: files (train, ...), imagefolder or hub")
-        return self
-
-
-class TaskSpec(Settings):
-    """One classification task: its rows, its classes and its head."""
-
-    name: str = Field(min_length=1, max_length=200)
-    kind: Literal["text", "image"] = "text"
-    data: DataSpec
-    input: str | None = Field(None, description="column of the text or image; its kind by default")
-    label: str = Field("label", description="column of the class index or name")
-    classes: list[str] = Field(min_length=2, description="class names, in label order")
-    descriptions: list[str] | None = Field(
-        None, description="one sentence a class: a frozen zero-shot head; else a trained one"
-    )
-    temperature: float = Field(
-        20.0, gt=0, description="multiplies the cosine of a description head"
-    )
-    max_length: int = Field(128, gt=1, description="tokens kept of each text")
-    limit: dict[Literal["train", "validation", "test"], Annotated[int, Field(gt=0)]] = Field(
-        default_factory=dict, description="use only so many rows of a split"
-    )
-
-    @model_validator(mode="after")
-    def _sound(self) -> "TaskSpec":
-        if self.descriptions is not None and len(self.descriptions) != len(self.classes):
-            raise ValueError(
-                f"{len(self.descriptions)} descriptions for {len(self.classes)} classes; "
-                "give one each"
-            )
-        if self.descriptions is not None and self.kind == "image":
-            raise ValueError("descriptions need kind: text; remove them to train a classifier head")
-        if len(dict.fromkeys(self.classes)) != len(self.classes):
-            raise ValueError("a class name stands twice; names must differ")
-        return self
 
 
 class LoraSpec(Settings):
@@ -145,14 +87,14 @@ class AttackerSpec(Settings):
     """
 
     suite: str | None = Field(None, description=f"a frozen attacker: {', '.join(SUITES)}")
-    attacks: list[str] = ["task_arithmetic", "ties", "dare_ties", "slerp"]
+    attacks: list[str] = Field(["task_arithmetic", "ties", "dare_ties", "slerp"])
     coefficients: list[float] | dict[str, list[float]] | None = Field(
         None, description="shared coefficients tried in T1 and T2, for all attacks or by attack"
     )
     grids: dict[str, dict[str, list[float]]] = Field(
         default_factory=dict, description="values of an attack's own parameters"
     )
-    t3_attacks: list[str] = ["task_arithmetic"]
+    t3_attacks: list[str] = Field(["task_arithmetic"])
     t3_values: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2], min_length=2)
     t3_starts: list[float] = Field(
         [0.2, 0.4, 0.6, 0.8], description="coefficients of the partners beside the release at 1"
@@ -171,7 +113,7 @@ class AttackerSpec(Settings):
     undo: str | None = Field(
         None, description="bring every release into the base's basis first: nearest, anchor_guided"
     )
-    relabel_rows: list[Annotated[int, Field(ge=2)]] = [30, 300]
+    relabel_rows: list[Annotated[int, Field(ge=2)]] = Field([30, 300])
     data_attacks: list[str] = Field([], description="tier T4: attacks on unlabelled rows")
     unlabelled_rows: int = Field(100, ge=2, description="validation rows of every task, for T4")
     recovery: list[Literal["probe", "finetune_before", "finetune_after", "distil"]] = Field(
@@ -226,21 +168,9 @@ class AuditSpec(Settings):
     partners: list[ReleaseSpec] = Field(min_length=1)
     attacker: AttackerSpec = AttackerSpec()
     verdict: Thresholds = Thresholds()
-    scales: list[FiniteFloat] = [
-        0.0,
-        0.15,
-        0.3,
-        0.5,
-        0.7,
-        0.85,
-        0.95,
-        1.0,
-        1.05,
-        1.15,
-        1.3,
-        1.5,
-        1.8,
-    ]
+    scales: list[FiniteFloat] = Field(
+        [0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.3, 1.5, 1.8]
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -314,7 +244,7 @@ def _is_index(place: Any, part: str) -> bool:
     return isinstance(place, list) and part.isdecimal() and int(part) < len(place)
 
 
-PATH_KEYS = ("train", "validation", "test", "imagefolder", "path", "control")
+PATH_KEYS = ("train", "validation", "test", "imagefolder", "path", "control", "folder")
 
 
 def _rooted(content: Any, root: Path, key: str = "") -> Any:

@@ -15,23 +15,23 @@ from hypothesis import strategies as st
 from trap2.attacks.attack import ATTACKS, TIERS, Attack, equal, load_attacks
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Mixture
 from trap2.auditing.attacker import Attacker
-from trap2.auditing.audit import chance
 from trap2.auditing.plan import check_plan
 from trap2.errors import UserError
 from trap2.progress import SILENT
 from trap2.recipes import AttackerSpec
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.classes import most_frequent
+from trap2.tasks.evaluation import Classification
 
 ROWS = 60
 LABELS = torch.tensor(random.Random(0).choices(range(3), k=ROWS))
 Score = Callable[[Mixture, str, str], float]
 
 
-def answers(accuracy: float, shift: int = 0) -> Evaluation:
+def answers(accuracy: float, shift: int = 0) -> Classification:
     """Outputs that are right on this share of the rows, with the labels shifted when asked for."""
     right = torch.tensor([int((i + 1) * accuracy) > int(i * accuracy) for i in range(ROWS)])
     said = torch.where(right, LABELS + shift, LABELS + shift + 1) % 3
-    return Evaluation(5.0 * torch.nn.functional.one_hot(said, 3).float(), LABELS)
+    return Classification(5.0 * torch.nn.functional.one_hot(said, 3).float(), LABELS)
 
 
 class Table(Arena):
@@ -47,7 +47,7 @@ class Table(Arena):
         self._known, self._memory, self._ahead = {}, {}, set()
         self.ledger = self.crew = None
 
-        def evaluator(member: str, split: str) -> Callable[[], Evaluation]:
+        def evaluator(member: str, split: str) -> Callable[[], Classification]:
             moved = shift if shift and member == RELEASE else lambda mixture: 0
             return lambda: answers(score(self.now, member, split), moved(self.now))
 
@@ -427,7 +427,7 @@ def test_the_control_is_attacked_in_the_same_way():
 
 
 def test_chance_is_the_share_of_the_most_frequent_label():
-    assert chance(torch.tensor([0, 2, 2, 1, 2])) == pytest.approx(0.6)
+    assert most_frequent([0, 2, 2, 1, 2]) == pytest.approx(0.6)
 
 
 def valleys(mixture: Mixture, member: str, split: str) -> float:

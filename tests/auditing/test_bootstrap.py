@@ -28,14 +28,14 @@ def catch(mixture=MIXTURE, rows=0, admissible=True):
 
 
 def correct(arena, s):
-    return arena.evaluate(arena.alone(RELEASE, s), RELEASE, "test").correct.numpy()
+    return arena.evaluate(arena.alone(RELEASE, s), RELEASE, "test").scores.double().numpy()
 
 
 def test_every_resample_counts_the_same_rows_everywhere(arenas):
     """The slow way: rows drawn one by one, in a loop, every accuracy from those rows."""
     arena = arenas["full"]
     bootstrap = Bootstrap(arena)
-    merged = arena.evaluate(MIXTURE, RELEASE, "test").correct.numpy()
+    merged = arena.evaluate(MIXTURE, RELEASE, "test").scores.double().numpy()
     base, alone = correct(arena, 0.0), correct(arena, 1.0)
     retained = bootstrap.retained(RELEASE, {("x", "T1", 0): catch()})["x", "T1", 0]
     assert retained.shape == (2, RESAMPLES + 1)

@@ -39,7 +39,7 @@ def made_up(coefficient, gain, test, partner):
     return SimpleNamespace(
         coefficient=coefficient,
         accuracy=lambda m, split: table.get((m, split), partner),
-        correct=lambda split: np.arange(100) < round(100 * test),
+        scores=lambda split: (np.arange(100) < round(100 * test)).astype(float),
     )
 
 
@@ -55,7 +55,7 @@ def test_the_best_candidate_that_counts_is_taken(candidates, expected):
     choice = choose([made_up(*c) for c in candidates], "release", {"b": 0.8}, 0.95)
     found = (choice.coefficient, choice.admissible, choice.accuracy, choice.unconstrained)
     assert found == expected
-    assert choice.correct.mean() == choice.accuracy
+    assert choice.scores.mean() == choice.accuracy
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 
 from trap2.auditing.sweep import scale_point, sweep
 from trap2.errors import UserError
-from trap2.recipes import TaskSpec
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification
+from trap2.taskspec import TaskSpec
 
 
 def task_of(shelf, kind):
@@ -43,6 +43,6 @@ def test_no_rows_and_no_number_are_refused(shelf):
 
 def test_a_point_holds_share_and_nats():
     logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
-    point = scale_point(0.5, Evaluation(logits, torch.tensor([0, 1])))
+    point = scale_point(0.5, Classification(logits, torch.tensor([0, 1])))
     assert (point.s, point.accuracy) == (0.5, 0.5)
     assert point.loss == pytest.approx((0.126928 + 0.693147) / 2, abs=1e-5)

@@ -40,7 +40,7 @@ from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.trainable import trainable
 from trap2.recipes import Recipe
 from trap2.tasks.data import load_rows
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification
 from trap2.tasks.model import Inputs, build, load_encoder
 from trap2.update import Update
 
@@ -106,7 +106,7 @@ class Witness:
     """What the trained model answered on validation rows when it was written."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.result: Evaluation | None = None
+        self.result: Classification | None = None
         real = run.write_release
 
         def write(folder: Path, **parts: Any) -> None:
@@ -124,12 +124,12 @@ def releases(
     mobile: Path,
     pico_images: Path,
     files: dict[str, str],
-) -> Callable[[str, str], tuple[Path, Recipe, Evaluation]]:
+) -> Callable[[str, str], tuple[Path, Recipe, Classification]]:
     """Make each kind of release once: its folder, its recipe, and the trained model's answers."""
-    made: dict[tuple[str, str], tuple[Path, Recipe, Evaluation]] = {}
+    made: dict[tuple[str, str], tuple[Path, Recipe, Classification]] = {}
     folder = tmp_path_factory.mktemp("releases")
 
-    def get(head: str, method: str) -> tuple[Path, Recipe, Evaluation]:
+    def get(head: str, method: str) -> tuple[Path, Recipe, Classification]:
         if (head, method) not in made:
             if head == "image":
                 recipe = image(mobile if method == "lora" else pico_vit, pico_images, method)

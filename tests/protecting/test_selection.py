@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trap2.errors import TrainingStopped
 from trap2.protecting.callbacks import BestCandidate
 from trap2.protecting.selection import PROBED_SCALES, Candidate, judge
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification
 
 SHARES = st.floats(0, 1)
 
@@ -80,10 +80,10 @@ def rows_at(update: Scales, skill: dict[float, float]) -> Any:
     """An evaluator whose outputs hold a share of skill at each scale, and noise beyond it."""
     labels = torch.arange(120) % 3
 
-    def evaluate() -> Evaluation:
+    def evaluate() -> Classification:
         noise = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
         knows = torch.arange(120) < 120 * skill[update.now]
-        return Evaluation(noise + 50 * knows[:, None] * torch.eye(3)[labels.roll(0)], labels)
+        return Classification(noise + 50 * knows[:, None] * torch.eye(3)[labels.roll(0)], labels)
 
     evaluate.labels = labels  # type: ignore[attr-defined]
     return evaluate
@@ -115,7 +115,7 @@ def test_a_control_is_judged_by_its_utility_only() -> None:
 def test_broken_weights_are_no_candidate(broken: float) -> None:
     logits = torch.zeros(4, 3)
     logits[2, 1] = broken
-    result = Evaluation(logits, torch.zeros(4, dtype=torch.long))
+    result = Classification(logits, torch.zeros(4, dtype=torch.long))
     evaluator = SimpleNamespace(__call__=lambda: result, labels=result.labels)
     with pytest.raises(TrainingStopped) as caught:
         judge(cast(Any, Scales()), cast(Any, evaluator.__call__), 7, 0.4, control=True)

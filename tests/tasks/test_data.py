@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from trap2.errors import UserError
-from trap2.recipes import TaskSpec
 from trap2.tasks.data import Rows, load_rows
+from trap2.taskspec import TaskSpec
 
 CLASSES = ["low", "middle", "high"]
 TABLE = [(f"text {i}", CLASSES[i % 3]) for i in range(30)]
@@ -243,7 +243,7 @@ def test_a_file_that_is_not_there_or_unknown_is_refused(tmp_path: Path) -> None:
         f"data file {missing} does not exist; check the path"
     )
     assert refusal(task({"train": unknown})) == (
-        f"data file {unknown} has suffix '.xlsx'; give one of .csv, .json, .jsonl, .parquet"
+        f"data file {unknown} has suffix '.xlsx'; give one of .csv, .json, .jsonl, .parquet, .txt"
     )
     assert refusal(task({"train": missing}), "test") == (
         "task 't' has no test rows; add data.test to its recipe"

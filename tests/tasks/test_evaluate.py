@@ -10,10 +10,11 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import pico
-from trap2.recipes import TaskSpec
 from trap2.tasks.data import Rows
-from trap2.tasks.evaluate import Evaluation, Evaluator
+from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.evaluation import Classification
 from trap2.tasks.model import Inputs, build, load_encoder
+from trap2.taskspec import TaskSpec
 
 TEXTS = [" ".join(pico.WORDS[i : i + 1 + (7 * i) % 9]) for i in range(13)]
 
@@ -106,12 +107,12 @@ def test_a_broken_row_counts_as_wrong(rows: list[tuple[int, bool]], broken: floa
         if not whole:
             logits[row, (label + 1) % 4] = broken
     right = sum(whole for _, whole in rows)
-    assert Evaluation(logits, labels).accuracy == pytest.approx(right / len(rows))
+    assert Classification(logits, labels).accuracy == pytest.approx(right / len(rows))
 
 
 def test_accuracy_and_loss_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
-    result = Evaluation(logits, torch.tensor([0, 1, 1]))
+    result = Classification(logits, torch.tensor([0, 1, 1]))
     soft = [torch.log1p(torch.exp(torch.tensor(-margin))) for margin in (2.0, 1.0, -3.0)]
     assert result.accuracy == pytest.approx(2 / 3)
     assert result.loss == pytest.approx(float(sum(soft)) / 3)

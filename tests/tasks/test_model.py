@@ -22,7 +22,6 @@ from transformers import (
 import pico
 from auditing.shelf import stock
 from trap2.errors import Trap2Error, UserError
-from trap2.recipes import TaskSpec
 from trap2.tasks.model import (
     DescriptionClassifier,
     Inputs,
@@ -32,6 +31,7 @@ from trap2.tasks.model import (
     load_head,
     load_release,
 )
+from trap2.taskspec import TaskSpec
 from trap2.update import Update
 
 TEXTS = ["w1 w2 w3 w4 w5", "w30", "w7 w8"]
@@ -129,14 +129,14 @@ def test_images_in_any_mode_are_classified(pico_vit: Path) -> None:
 def test_a_released_head_must_be_whole(pico_base: Path, change: str) -> None:
     model, _, _ = assemble(pico_base, task(descriptions=False))
     head = {"classifier.weight": torch.ones(3, 16), "classifier.bias": torch.ones(3)}
-    load_head(model, head | {"other": torch.ones(1)}, Path("release"))
+    load_head(model, task(descriptions=False), head | {"other": torch.ones(1)}, Path("release"))
     assert torch.equal(model.classifier.weight, torch.ones(3, 16))
     if change == "missing":
         del head["classifier.bias"]
     else:
         head["classifier.bias"] = torch.ones(2)
     with pytest.raises(UserError) as caught:
-        load_head(model, head, Path("release"))
+        load_head(model, task(descriptions=False), head, Path("release"))
     found = "nothing" if change == "missing" else "(2,)"
     assert str(caught.value) == (
         f"release has {found} for head tensor 'classifier.bias', (3,) is needed; check "
@@ -148,10 +148,15 @@ def test_loading_a_head_leaves_the_encoder_and_description_heads_alone(pico_base
     model, encoder, _ = assemble(pico_base, task(descriptions=False))
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     head = {"classifier.weight": torch.ones(3, 16), "classifier.bias": torch.ones(3)}
-    load_head(model, head | {"bert.pooler.dense.bias": torch.ones(16)}, Path("release"))
+    load_head(
+        model,
+        task(descriptions=False),
+        head | {"bert.pooler.dense.bias": torch.ones(16)},
+        Path("release"),
+    )
     assert all(torch.equal(before[n], t) for n, t in encoder.state_dict().items())
     described, _, _ = assemble(pico_base, task())
-    load_head(described, {}, Path("release"))
+    load_head(described, task(), {}, Path("release"))
 
 
 @pytest.fixture
@@ -262,7 +267,7 @@ def test_other_encoders_have_their_own_heads_loaded_whole(tmp_path: Path, pico_b
         "pre_classifier.bias",
         "pre_classifier.weight",
     ]
-    load_head(model, head, tmp_path)
+    load_head(model, task(descriptions=False), head, tmp_path)
     assert torch.equal(model.pre_classifier.bias, torch.ones(16))
 
 

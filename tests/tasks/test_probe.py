@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trap2.errors import UserError
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification
 from trap2.tasks.probe import Representation, probed_accuracy
 
 
@@ -32,27 +32,27 @@ def rows(count, seed, classes=3):
     labels = torch.randint(classes, (count,), generator=draw)
     noise = torch.randn(count, 12, generator=draw)
     noise[:, 5] += 8.0 * labels
-    return Evaluation(noise, labels)
+    return Classification(noise, labels)
 
 
 def test_it_reads_a_linear_trace_and_nothing_from_noise():
     fit, score = rows(60, 0, classes=2), rows(300, 1, classes=2)
     assert probed_accuracy(fit, score, 60) > 0.95
     noise = torch.randn(360, 12, generator=torch.Generator().manual_seed(2))
-    blind = Evaluation(noise[:60], fit.labels), Evaluation(noise[60:], score.labels)
+    blind = Classification(noise[:60], fit.labels), Classification(noise[60:], score.labels)
     assert probed_accuracy(*blind, 60) < 0.65
 
 
 def test_it_uses_no_more_rows_than_it_may():
     fit, score = rows(60, 0), rows(100, 1)
-    spoilt = Evaluation(fit.logits.clone(), fit.labels.clone())
+    spoilt = Classification(fit.logits.clone(), fit.labels.clone())
     spoilt.labels[20:] = 0
     assert probed_accuracy(fit, score, 20) == probed_accuracy(spoilt, score, 20)
 
 
 def test_rows_of_one_class_say_that_class():
-    fit = Evaluation(torch.randn(5, 3), torch.ones(5, dtype=torch.long))
-    score = Evaluation(torch.randn(4, 3), torch.tensor([1, 1, 1, 0]))
+    fit = Classification(torch.randn(5, 3), torch.ones(5, dtype=torch.long))
+    score = Classification(torch.randn(4, 3), torch.tensor([1, 1, 1, 0]))
     assert probed_accuracy(fit, score, 5) == 0.75
     with pytest.raises(UserError, match="needs 2 rows or more, there are 1"):
         probed_accuracy(fit, score, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trap2.errors import UserError
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification
 from trap2.tasks.relabel import READERS, cross_validated_accuracy, relabelled_accuracy
 
 
@@ -23,11 +23,13 @@ def skilled(rows: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-def halves(change: Callable[[Tensor], Tensor], classes: int = 6) -> tuple[Evaluation, Evaluation]:
+def halves(
+    change: Callable[[Tensor], Tensor], classes: int = 6
+) -> tuple[Classification, Classification]:
     """Validation and test rows whose logits were changed in the same way."""
     fit, fit_labels = skilled(300, classes, 0)
     score, score_labels = skilled(200, classes, 1)
-    return Evaluation(change(fit), fit_labels), Evaluation(change(score), score_labels)
+    return Classification(change(fit), fit_labels), Classification(change(score), score_labels)
 
 
 @settings(max_examples=8)
@@ -101,16 +103,16 @@ def test_only_the_rows_asked_for_are_read() -> None:
     fit, score = halves(lambda logits: logits.roll(1, 1))
     lies = fit.labels.clone()
     lies[40:] = lies[40:].roll(1)
-    lying = Evaluation(fit.logits, lies)
+    lying = Classification(fit.logits, lies)
     assert relabelled_accuracy(lying, score, 40) == relabelled_accuracy(fit, score, 40) == 1.0
 
 
 def test_a_class_that_the_few_rows_lack_does_no_harm() -> None:
     fit, score = halves(lambda logits: logits)
     rows = (fit.labels < 2).nonzero().squeeze(1)
-    few = Evaluation(fit.logits[rows], fit.labels[rows])
+    few = Classification(fit.logits[rows], fit.labels[rows])
     assert relabelled_accuracy(few, score, 20) == 1.0
-    one = Evaluation(fit.logits[rows][::2], fit.labels[rows][::2])
+    one = Classification(fit.logits[rows][::2], fit.labels[rows][::2])
     assert 0.0 <= relabelled_accuracy(one, score, 20) <= 1.0
 
 
@@ -123,7 +125,7 @@ def test_too_few_rows_are_refused() -> None:
         "validation_rows or lower relabel_rows"
     )
     for read in (
-        lambda: cross_validated_accuracy(Evaluation(fit.logits[:1], fit.labels[:1]), 1),
+        lambda: cross_validated_accuracy(Classification(fit.logits[:1], fit.labels[:1]), 1),
         lambda: relabelled_accuracy(fit, score, 1),
     ):
         with pytest.raises(UserError) as caught:

@@ -27,7 +27,8 @@ from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
 from trap2.recipes import AuditSpec, Precision, TaskSpec
 from trap2.tasks.data import load_rows
-from trap2.tasks.evaluate import Evaluation, Evaluator
+from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.model import Inputs, base_folder, build, load_encoder, load_head
 from trap2.update import Update
 
@@ -90,7 +91,7 @@ class Member:
         self.vector = TaskVector.of(dict(given)) if held else given
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
-        load_head(model, self.update.head, path)
+        load_head(model, task, self.update.head, path)
         self.rows = {
             split: load_rows(task, split, seed).first(count) for split, count in rows.items()
         }
@@ -119,7 +120,7 @@ class Arena:
     ) -> None:
         if crew is not None and ledger is None:
             raise UserError("several workers meet in a ledger; give one, or do without workers")
-        self.spec, self.progress, self.ledger, self.crew = spec, progress, ledger, crew
+        self.progress, self.ledger, self.crew = progress, ledger, crew
         self.partners = tuple(partner.task.name for partner in spec.partners)
         for name in self.partners:
             if name in TAKEN:
@@ -129,7 +130,8 @@ class Arena:
                 )
         base = base_folder(spec.base)
         self.base = Checkpoint(base)
-        self.encoder = load_encoder(base)
+        tasks = [spec.release.task, *(partner.task for partner in spec.partners)]
+        self.encoder = load_encoder(base, language=any(task.is_language for task in tasks))
         self.live = LiveModel(self.encoder, self.base)
         if spec.attacker.recompute_statistics and not normalising(self.encoder):
             raise UserError(
@@ -152,6 +154,7 @@ class Arena:
             self.members[CONTROL] = member(spec.control, spec.release.task)
         for partner in spec.partners:
             self.members[partner.task.name] = member(partner.path, partner.task)
+        self.spec = _readable(spec, self.members[RELEASE])
         self.sides = tuple(name for name in (RELEASE, CONTROL) if name in self.members)
         self.evaluations = 0
         self._known: dict[tuple[Mixture, str, Split], Evaluation] = {}
@@ -239,7 +242,7 @@ class Arena:
     def unlabelled(self, member: str, count: int | None = None) -> Unlabelled:
         """The first validation rows of a member's task, without their labels."""
         rows = self.members[member].evaluators["validation"]
-        count = min(count or self.spec.attacker.unlabelled_rows, len(rows.labels))
+        count = min(count or self.spec.attacker.unlabelled_rows, len(rows))
         return self.remember(
             ("unlabelled", member, count),
             lambda: Unlabelled(self.live, rows.model, count, rows.batch),
@@ -293,7 +296,7 @@ class Arena:
                 yield (name, split), found
         for reading, evaluation in self.run(mixture, lacking):
             if self.ledger is not None:
-                self.ledger.put(self.contents.of(mixture, *reading), evaluation.logits)
+                self.ledger.put(self.contents.of(mixture, *reading), evaluation.outputs)
             yield reading, evaluation
 
     def run(
@@ -306,26 +309,26 @@ class Arena:
                     yield (name, split), self.members[name].evaluators[split]()
 
     def recorded(
-        self, content: Callable[[], Content], labels: Tensor, work: Callable[[], Evaluation]
+        self, content: Callable[[], Content], evaluator: Evaluator, work: Callable[[], Evaluation]
     ) -> Evaluation:
         """What the ledger holds for a content, or the result of `work`, which it then holds."""
         if self.ledger is None:
             return work()
         asked = content()
-        logits = self.ledger.get(asked, len(labels))
-        if logits is not None:
-            return Evaluation(logits, labels)
+        outputs = self.ledger.get(asked, len(evaluator))
+        if outputs is not None:
+            return evaluator.reading.evaluation(outputs)
         found = work()
-        self.ledger.put(asked, found.logits)
+        self.ledger.put(asked, found.outputs)
         return found
 
     def _recorded(self, mixture: Mixture, member: str, split: Split) -> Evaluation | None:
         """What the ledger holds of an evaluation, if anything."""
         if self.ledger is None:
             return None
-        labels = self.members[member].evaluators[split].labels
-        logits = self.ledger.get(self.contents.of(mixture, member, split), len(labels))
-        return None if logits is None else Evaluation(logits, labels)
+        evaluator = self.members[member].evaluators[split]
+        outputs = self.ledger.get(self.contents.of(mixture, member, split), len(evaluator))
+        return None if outputs is None else evaluator.reading.evaluation(outputs)
 
     @cached_property
     def contents(self) -> Contents:
@@ -355,3 +358,11 @@ class Arena:
         )
         with self.holding(deltas, mixture.members):
             yield
+
+
+def _readable(spec: AuditSpec, release: Member) -> AuditSpec:
+    """The audit without re-labelling, where the release gives no class outputs to re-label."""
+    if all(evaluator.reading.classes for evaluator in release.evaluators.values()):
+        return spec
+    attacker = spec.attacker.model_copy(update={"relabel_rows": []})
+    return spec.model_copy(update={"attacker": attacker})

@@ -26,7 +26,7 @@ from trap2.auditing.search import PEAKS, halfway, moved, peaks
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
 
 PENALTY = 2.0
@@ -339,7 +339,7 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
     """Raw accuracy, or re-labelled: fitted on the first rows and read on the rest, or crosswise."""
     if rows == 0:
         return evaluation.accuracy
-    count = len(evaluation.labels)
+    count = len(evaluation)
     if rows > count:
         raise UserError(
             f"re-labelling with {rows} rows needs as many validation rows, there are {count}; "
@@ -347,5 +347,4 @@ def _validation_accuracy(evaluation: Evaluation, rows: int) -> float:
         )
     if rows > count // 2:
         return cross_validated_accuracy(evaluation, rows)
-    rest = Evaluation(evaluation.logits[rows:], evaluation.labels[rows:])
-    return relabelled_accuracy(evaluation, rest, rows)
+    return relabelled_accuracy(evaluation, evaluation.after(rows), rows)

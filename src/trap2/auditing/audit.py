@@ -8,9 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Crew, Mixture, Split
 from trap2.auditing.attacker import Attacker, Catch
 from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
@@ -36,6 +33,7 @@ from trap2.schema import (
     ScalePoint,
 )
 from trap2.tasks.relabel import relabelled_accuracy
+from trap2.taskspec import CLASSIFIED
 
 
 def audit(
@@ -61,8 +59,10 @@ def audit(
     """
     started = time.monotonic()
     check_plan(spec.attacker, 1 + len(spec.partners))
+    _check_kinds(spec)
     progress.say("reading releases and rows")
     arena = Arena(spec, progress, ledger, crew)
+    spec = arena.spec
     _check_rows(arena)
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     _prepare(arena, attackers)
@@ -80,6 +80,7 @@ def audit(
     tiers = tier_results(attacks, references, spec.verdict, spread)
     cost = None if references.control is None else references.control - references.standalone
     release = arena.members[RELEASE]
+    unread = "" if release.evaluators["test"].reading.classes else spec.release.task.kind
     report = Report(
         release=_release_info(arena),
         references=references,
@@ -95,36 +96,45 @@ def audit(
         thresholds=spec.verdict,
         evidence=evidence,
         verdict=sentence(references, cost, tiers, spec.verdict),
-        limits=limits(spec.attacker.recovery),
+        limits=limits(spec.attacker.recovery, unread),
         settings=spec.attacker.model_dump(mode="json"),
         versions=versions(),
         machine=machine(),
         seed=spec.seed,
         digests={"base": arena.base.digest}
         | {name: member.update.digest for name, member in arena.members.items()},
-        rows={
-            "validation": len(release.evaluators["validation"].labels),
-            "test": len(release.evaluators["test"].labels),
-            "evaluations": arena.evaluations,
-            **_unlabelled(arena),
-        },
+        rows=_rows(arena),
         created=now(),
         seconds=round(time.monotonic() - started, 1),
     )
     return report.model_copy(update={"flags": raised(report)})
 
 
-def _unlabelled(arena: Arena) -> dict[str, int]:
-    """Rows of every task that T4 looked at without their labels."""
-    if not arena.spec.attacker.data_attacks:
-        return {}
-    return {"unlabelled": max(arena.unlabelled(name).rows for name in arena.members)}
+def _rows(arena: Arena) -> dict[str, int]:
+    """Rows of the protected task, those that T4 looked at without labels, and model runs."""
+    sizes = arena.members[RELEASE].evaluators.items()
+    found: dict[str, int] = {split: len(rows) for split, rows in sizes}
+    found["evaluations"] = arena.evaluations
+    if arena.spec.attacker.data_attacks:
+        found["unlabelled"] = max(arena.unlabelled(name).rows for name in arena.members)
+    return found
+
+
+def _check_kinds(spec: AuditSpec) -> None:
+    """Attackers who run rows themselves know heads of classes only."""
+    tried = spec.attacker
+    for task in (spec.release.task, *(partner.task for partner in spec.partners)):
+        if (tried.data_attacks or tried.recovery) and task.kind not in CLASSIFIED:
+            raise UserError(
+                f"task '{task.name}' is of kind {task.kind}, and tiers T4 and T5 work on the "
+                "outputs of a head of classes; remove attacker.data_attacks and attacker.recovery"
+            )
 
 
 def _check_rows(arena: Arena) -> None:
     """Labelled rows enough for every re-labelling, before anything slow is done."""
     wanted = max(arena.spec.attacker.relabel_rows, default=0)
-    found = len(arena.members[RELEASE].evaluators["validation"].labels)
+    found = len(arena.members[RELEASE].evaluators["validation"])
     if found < wanted:
         raise UserError(
             f"re-labelling with {wanted} rows needs as many validation rows, there are {found}; "
@@ -160,13 +170,16 @@ def _references(arena: Arena) -> References:
             rows,
         )
 
+    def chance(member: str) -> float:
+        return arena.members[member].evaluators["test"].reading.chance
+
     has_control = CONTROL in arena.sides
     return References(
         base=accuracy(RELEASE, 0.0),
         standalone=accuracy(RELEASE, 1.0),
         control=accuracy(CONTROL, 1.0) if has_control else None,
         control_base=accuracy(CONTROL, 0.0) if has_control else None,
-        chance=chance(arena.members[RELEASE].evaluators["test"].labels),
+        chance=chance(RELEASE),
         relabelled=[
             RelabelledReferences(
                 rows=rows,
@@ -179,15 +192,8 @@ def _references(arena: Arena) -> References:
         ],
         partners={name: accuracy(name, 1.0) for name in arena.partners},
         partners_base={name: accuracy(name, 0.0) for name in arena.partners},
-        partners_chance={
-            name: chance(arena.members[name].evaluators["test"].labels) for name in arena.partners
-        },
+        partners_chance={name: chance(name) for name in arena.partners},
     )
-
-
-def chance(labels: Tensor) -> float:
-    """Accuracy of always giving the most frequent label."""
-    return float(torch.bincount(labels).max() / len(labels))
 
 
 def _curve(arena: Arena, side: str) -> list[ScalePoint]:
@@ -291,7 +297,7 @@ def _release_info(arena: Arena) -> ReleaseInfo:
         name=spec.release.path.name,
         kind=release.update.kind,
         task=spec.release.task.name,
-        classes=len(spec.release.task.classes),
+        classes=release.evaluators["test"].reading.classes,
         partners=list(arena.partners),
         base=Path(spec.base).name,
         has_control=CONTROL in arena.sides,

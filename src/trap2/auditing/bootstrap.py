@@ -19,7 +19,7 @@ from trap2.auditing.attacker import Catch
 from trap2.auditing.mixture import Mixture
 from trap2.auditing.verdict import TIERS, Spread
 from trap2.schema import Interval, Tier
-from trap2.tasks.relabel import Bools, relabelled_correct
+from trap2.tasks.relabel import relabelled_correct
 
 Floats: TypeAlias = NDArray[np.float64]
 Key: TypeAlias = tuple[str, str, int]
@@ -41,7 +41,7 @@ class Bootstrap:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._rows = len(arena.members[RELEASE].evaluators["test"].labels)
+        self._rows = len(arena.members[RELEASE].evaluators["test"])
         draw = np.random.default_rng([arena.spec.seed, self._rows])
         drawn = draw.multinomial(self._rows, np.full(self._rows, 1 / self._rows), RESAMPLES)
         self._counts = np.concatenate([np.ones((1, self._rows)), drawn])
@@ -51,17 +51,17 @@ class Bootstrap:
 
         def found() -> Floats:
             test = self._arena.evaluate(mixture, side, "test")
-            correct = test.correct.numpy()
+            scores: Floats = test.scores.double().numpy()
             if rows:
                 fit = self._arena.evaluate(mixture, side, "validation")
-                correct = relabelled_correct(fit, test, rows)
-            return self.resampled(correct)
+                scores = relabelled_correct(fit, test, rows).astype(np.float64)
+            return self.resampled(scores)
 
         return self._arena.remember(("resampled", mixture, side, rows), found)
 
-    def resampled(self, correct: Bools) -> Floats:
-        """Accuracy (B,) where these test rows (N,) are right."""
-        counted: Floats = self._counts @ correct.astype(np.float64) / self._rows
+    def resampled(self, scores: Floats) -> Floats:
+        """Accuracy (B,) where these test rows (N,) are done so well."""
+        counted: Floats = self._counts @ scores / self._rows
         return counted
 
     def retained(self, side: str, catches: Mapping[Key, Catch]) -> Retained:

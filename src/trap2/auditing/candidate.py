@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from trap2.auditing.arena import Arena, Mixture, Split
+from trap2.auditing.bootstrap import Floats
 from trap2.auditing.contents import Content
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.probe import Representation, probed_correct
-from trap2.tasks.relabel import Bools
 
 Deltas = Iterable[tuple[str, Tensor]]
 
@@ -47,24 +48,21 @@ class Candidate:
 
     def accuracy(self, member: str, split: Split) -> float:
         """Accuracy on a task; on the side's own validation rows without those used up."""
-        if member == self._side and self.probed:
-            return float(self.correct(split).mean())
-        found = self._score(split) if member == self._side else self._evaluation(member, split)
-        return found.accuracy
+        if member != self._side:
+            return self._evaluation(member, split).accuracy
+        return float(self.scores(split).mean()) if self.probed else self._left(split).accuracy
 
-    def correct(self, split: Split) -> Bools:
-        """Which rows (N,) of the side's task are right, of its validation rows without those."""
+    def scores(self, split: Split) -> Floats:
+        """How well rows (N,) of the side's task are done; of validation rows those not used up."""
         if not self.probed:
-            return self._score(split).correct.numpy()
+            return self._left(split).scores.double().numpy()
         fit = self._evaluation(self._side, "validation")
-        return probed_correct(fit, self._score(split), self._rows)
+        return probed_correct(fit, self._left(split), self._rows).astype(np.float64)
 
-    def _score(self, split: Split) -> Evaluation:
+    def _left(self, split: Split) -> Evaluation:
         """The side's task on the rows that were not used up."""
         found = self._evaluation(self._side, split)
-        if split == "test":
-            return found
-        return Evaluation(found.logits[self._rows :], found.labels[self._rows :])
+        return found if split == "test" else found.after(self._rows)
 
     def _evaluation(self, member: str, split: Split) -> Evaluation:
         if (member, split) not in self._known:
@@ -78,7 +76,7 @@ class Candidate:
                     return evaluator()
 
             self._known[member, split] = self._arena.recorded(
-                lambda: self._content(member, split), evaluator.labels, run
+                lambda: self._content(member, split), evaluator, run
             )
             self._arena.evaluations += 1
             self._arena.progress.tick()
@@ -100,7 +98,7 @@ class Choice:
         coefficient: Its coefficient.
         admissible: Whether the partners keep their share in it.
         accuracy: Accuracy on the side's task.
-        correct: Which of its rows (N,) are right.
+        scores: How well each of its rows (N,) is done.
         unconstrained: The same for the best candidate when partners do not matter.
         partners: Accuracy on each partner's task.
     """
@@ -108,7 +106,7 @@ class Choice:
     coefficient: float
     admissible: bool
     accuracy: float
-    correct: Bools
+    scores: Floats
     unconstrained: float
     partners: dict[str, float]
 
@@ -136,7 +134,7 @@ def choose(
         coefficient=taken.coefficient,
         admissible=good is not None,
         accuracy=taken.accuracy(side, "test"),
-        correct=taken.correct("test"),
+        scores=taken.scores("test"),
         unconstrained=ranked[0].accuracy(side, "test"),
         partners={p: taken.accuracy(p, "test") for p in floors},
     )

@@ -127,6 +127,8 @@ def control_never_admissible(report: Report) -> str:
 @_check("T007", "answers far below chance")
 def below_chance(report: Report) -> str:
     """Who is wrong that often knows the answer: the skill is turned round, not gone."""
+    if not report.release.classes:
+        return ""  # who guesses tokens is hardly ever right anyway
     guess = 1 / report.release.classes
     raw = [a for a in report.attacks if a.relabel_rows == 0 and a.admissible]
     found = [(p.accuracy, f"alone at scale {p.s:g}") for p in report.scale_curve if p.s != 0]
@@ -163,7 +165,8 @@ def too_few_rows(report: Report) -> str:
     width = max(_interval(accuracy, rows) for accuracy in (known.base, known.standalone))
     if effect <= 0:
         return ""
-    if width > BLUR * effect:
+    # A score between right and wrong varies less than this: there the interval itself must tell.
+    if report.release.classes and width > BLUR * effect:
         return (
             f"on {rows} rows the 95 % interval of an accuracy is {100 * width:.1f} points wide, "
             f"and the whole skill measures {100 * effect:.1f} points"

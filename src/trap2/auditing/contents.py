@@ -1,13 +1,14 @@
-"""What an evaluation depends on, by content: the key under which a ledger keeps its logits.
+"""What an evaluation depends on, by content: the key under which a ledger keeps its outputs.
 
 Names of members and tasks are no part of it: the control of one audit may be a partner in another.
-Two evaluations with the same key have the same logits, on one machine to the bit.
+Two evaluations with the same key have the same outputs, on one machine to the bit.
 """
 
 import ast
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -24,8 +25,9 @@ from trap2.attacks.attack import load_attacks
 from trap2.auditing.mixture import Mixture, Split
 from trap2.errors import UserError
 from trap2.files import file_digest
-from trap2.recipes import Precision, TaskSpec
+from trap2.recipes import Precision
 from trap2.tasks.data import Rows
+from trap2.taskspec import TaskSpec
 from trap2.update import Update
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -38,7 +40,9 @@ UNDO = ("trap2.attacks.undo",)
 """What an update runs through that is brought into the base's basis."""
 
 FOLLOWED = (
-    *("trap2.attacks.", "trap2.tasks.evaluate", "trap2.tasks.model"),
+    *("trap2.attacks.", "trap2.tasks.evaluate", "trap2.tasks.evaluation", "trap2.tasks.model"),
+    *("trap2.tasks.classes", "trap2.tasks.language"),
+    *("trap2.tasks.harness", "trap2.tasks.own_function"),
     *("trap2.update", "trap2.checkpoint", "trap2.naming"),
 )
 REGISTRATION = "trap2.attacks.attack"
@@ -47,6 +51,15 @@ nothing, so that a new attack leaves the others' evaluations valid."""
 
 TRAINS = ("trap2.auditing.recovery", "trap2.tasks.probe")
 """Our modules that attackers who train run through beside those."""
+ELSEWHERE = (
+    *("name", "data", "input", "label", "options", "limit", "classes", "lm_eval", "function"),
+    *("descriptions", "temperature"),
+)
+"""Settings of a task that are in the key as what they give: rows, head, or what judges."""
+
+HARNESS = ("lm_eval", "datasets", "jinja2")
+TASK_FILES = (".yaml", ".yml", ".py")
+"""What decides a task of lm-eval beside its rows: its version, and the files of a task folder."""
 
 CONFIGS = ("*.json", "*.txt", "*.model")
 """Files of a base beside its weights that decide what it computes: configuration, tokenizer."""
@@ -208,9 +221,30 @@ def _tensor(value: Tensor) -> list[Any]:
 
 
 def _row_digest(rows: Rows, task: TaskSpec) -> str:
-    """Digest of rows in their order, as texts or pixels, with the settings they are read by."""
-    inputs = [value if isinstance(value, str) else _pixels(value) for value in rows.inputs]
-    return _digest([task.kind, task.max_length, len(task.classes), inputs, rows.labels])
+    """Digest of rows in their order, as values or pixels, with the settings they are read by."""
+    inputs = [_pixels(value) if hasattr(value, "tobytes") else value for value in rows.inputs]
+    settings = task.model_dump(mode="json", exclude={*ELSEWHERE})
+    return _digest([settings, len(task.classes), _judge(task), inputs, rows.labels])
+
+
+def _judge(task: TaskSpec) -> list[Any]:
+    """What scores a task beside our own code: a function by its module's source, or lm-eval."""
+    if task.function is not None:
+        module = sys.modules[task.function.__module__]
+        try:
+            return [task.function.__qualname__, inspect.getsource(module)]
+        except (OSError, TypeError) as error:
+            raise UserError(
+                f"the function of task '{task.name}' was defined where its source cannot be read, "
+                "so its evaluations cannot be recorded; define it in a file, or audit without a "
+                "ledger"
+            ) from error
+    spec = task.lm_eval
+    if spec is None:
+        return []
+    files = sorted(spec.folder.rglob("*")) if spec.folder else []
+    own = [[path.name, file_digest(path)] for path in files if path.suffix in TASK_FILES]
+    return [spec.task, spec.metric, [version(name) for name in HARNESS], own]
 
 
 def _pixels(image: Any) -> list[Any]:

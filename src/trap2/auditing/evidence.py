@@ -83,7 +83,7 @@ def _reload_gap(arena: Arena, side: str) -> float | None:
         evaluator.model = load_release(member.update, member.task)
     except Trap2Error:
         return None  # the check says so
-    own = evaluator().logits
-    gap = (own - arena.evaluate(arena.alone(side), side, "test").logits).abs().max()
-    share = float(gap / own.abs().max())
+    own = evaluator().compared
+    gap = (own - arena.evaluate(arena.alone(side), side, "test").compared).abs().max()
+    share = float(gap / own.abs().max().clamp(min=1e-9))
     return share if math.isfinite(share) else None

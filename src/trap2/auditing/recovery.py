@@ -302,8 +302,8 @@ def _points(
 
 def _retained(bootstrap: Bootstrap, taken: Choice, without: Choice, alone: Candidate) -> Floats:
     """R (2, B): see `retained_share`."""
-    merged = (taken if taken.admissible else without).correct
-    rows = (merged, without.correct, alone.correct("test"))
+    merged = (taken if taken.admissible else without).scores
+    rows = (merged, without.scores, alone.scores("test"))
     return retained_share(*map(bootstrap.resampled, rows))
 
 

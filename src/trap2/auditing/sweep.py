@@ -8,10 +8,10 @@ from trap2.attacks.live import LiveModel
 from trap2.auditing.arena import Member, Split
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
-from trap2.recipes import TaskSpec
 from trap2.schema import ScalePoint
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.model import base_folder, load_encoder
+from trap2.taskspec import TaskSpec
 
 
 def sweep(
@@ -43,7 +43,7 @@ def sweep(
     if rows < 1:
         raise UserError(f"rows={rows} leaves nothing to evaluate on; give 1 or more")
     folder = base_folder(base)
-    encoder = load_encoder(folder)
+    encoder = load_encoder(folder, task.is_language)
     live = LiveModel(encoder, Checkpoint(folder))
     member = Member(release, task, folder, encoder, {split: rows}, seed)
     points = []

@@ -152,7 +152,7 @@ def unmet(report: Report, required: Mapping[Tier, float]) -> list[str]:
 MEANS: dict[Tier, str] = {
     "T1": "a merge with one tuned coefficient",
     "T2": "the same with its outputs re-labelled from a few labelled rows",
-    "T3": "a merge with one tuned coefficient per model, re-labelled",
+    "T3": "a merge with one tuned coefficient per model",
     "T4": "a merge that looks at unlabelled rows, re-labelled",
     "T5": "a merge by an attacker who trains on labelled rows",
 }
@@ -184,7 +184,8 @@ def sentence(
         free = round(100 * (result.partners_ignored or 0.0))
         if free > share:
             kept += f", and {free} % if the partners do not matter"
-        parts.append(f"{tier} {result.verdict}: {MEANS[tier]} {kept}")
+        means = MEANS[tier] + (", re-labelled" if tier == "T3" and _read(result) else "")
+        parts.append(f"{tier} {result.verdict}: {means} {kept}")
     if tiers:
         parts.append(
             "Words are of the whole interval: holds from an unmergeability of "
@@ -192,6 +193,11 @@ def sentence(
             "leaks between, inconclusive across"
         )
     return ". ".join(parts) + "."
+
+
+def _read(result: TierResult) -> bool:
+    """Whether some of a tier's results were re-labelled."""
+    return any(rows != "0" for rows in result.by_rows)
 
 
 LIMITS = [
@@ -207,6 +213,12 @@ LIMITS = [
 ]
 """What every report says it does not claim."""
 
+NOT_RELABELLED = (
+    "Re-labelling (T2) reads class outputs, and a task of kind {kind} has none: T1 and T3 are of "
+    "the answers as they come, which flatters a release whose answers are moved and not hidden."
+)
+"""What a report says where T2 is left out."""
+
 UNTESTED = {
     "distil": "Distilling the release into another model is not merging and was not tested here.",
     "finetune_before": "Fine-tuning the release before merging it was not tested here.",
@@ -215,6 +227,12 @@ UNTESTED = {
 """What a report says of each way to train (`attacker.recovery`) that was not tried."""
 
 
-def limits(tried: Sequence[str]) -> list[str]:
-    """What a report says it does not claim, given the ways to train that were tried."""
-    return [*LIMITS, *(said for method, said in UNTESTED.items() if method not in tried)]
+def limits(tried: Sequence[str], unread: str = "") -> list[str]:
+    """What a report says it does not claim.
+
+    Args:
+        tried: The ways to train that were tried.
+        unread: The kind of task, if it gives no class outputs to re-label.
+    """
+    blind = [NOT_RELABELLED.format(kind=unread)] if unread else []
+    return [*blind, *LIMITS, *(said for method, said in UNTESTED.items() if method not in tried)]

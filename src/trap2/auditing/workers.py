@@ -127,7 +127,7 @@ def _work(spec: str, auditing: int, threads: int, home: str, job: Job) -> tuple[
     import_module(home)
     arena, (mixture, readings) = _arena(spec, auditing), job
     return mixture, [
-        (reading, arena.contents.of(mixture, *reading).key, found.logits)
+        (reading, arena.contents.of(mixture, *reading).key, found.outputs)
         for reading, found in arena.run(mixture, readings)
     ]
 

@@ -28,10 +28,6 @@ def model_card(record: dict[str, Any]) -> str:
     recipe, chosen = record["recipe"], record["validation"]["chosen"]
     protected = record["trap2"]["strength"] > 0
     what = "protected with trap2" if protected else "unprotected control, trained without a trap"
-    rows = "\n".join(
-        f"| {p['s']:g} | {100 * p['accuracy']:.1f} % | {100 * p['relabelled']:.1f} % |"
-        for p in record["validation"]["scale_curve"]
-    )
     claim = (
         "On validation rows the skill is there at scale 1 and the table shows what is left "
         "elsewhere. **Whether merges fail is not claimed here**: that takes an audit "
@@ -50,7 +46,7 @@ def model_card(record: dict[str, Any]) -> str:
 # {name}: {what}
 
 A {recipe["method"]} fine-tune of {_plain(_base_name(recipe["base"]))} for the task "{name}" \
-({len(recipe["task"]["classes"])} classes), seed {record["seed"]}, \
+({_what(recipe["task"])}), seed {record["seed"]}, \
 {recipe["training"]["steps"]} steps, checkpoint of step {chosen["step"]}.
 Validation accuracy as released: {100 * chosen["utility"]:.1f} % \
 ({record["validation"]["rows"]} rows).
@@ -59,12 +55,7 @@ Validation accuracy as released: {100 * chosen["utility"]:.1f} % \
 
 {claim}
 
-Accuracy on validation rows with the update applied at scale s; *re-labelled* is what a linear map
-of the outputs, cross-validated on the same rows, makes of it. Scale 0 is the base model.
-
-| s | as it answers | re-labelled |
-|---|---|---|
-{rows}
+{_curve(record["validation"]["scale_curve"])}
 
 ## What is not claimed
 
@@ -76,6 +67,30 @@ of the outputs, cross-validated on the same rows, makes of it. Scale 0 is the ba
 Method: Trap^2, arXiv 2601.21898.
 """
     )
+
+
+def _what(task: dict[str, Any]) -> str:
+    classes = len(task["classes"])
+    return f"{classes} classes" if classes else f"kind {task['kind']}"
+
+
+def _curve(points: list[dict[str, Any]]) -> str:
+    """What is left at each scale; without class outputs the loss stands where a map would read."""
+    said = "Accuracy on validation rows with the update applied at scale s"
+    if points[0]["relabelled"] is None:
+        said += ", and loss. Scale 0 is the base model.\n\n| s | accuracy | loss |"
+        last = [f"{p['loss']:.3f}" for p in points]
+    else:
+        said += (
+            "; *re-labelled* is what a linear map\nof the outputs, cross-validated on the same "
+            "rows, makes of it. Scale 0 is the base model.\n\n| s | as it answers | re-labelled |"
+        )
+        last = [f"{100 * p['relabelled']:.1f} %" for p in points]
+    rows = [
+        f"| {p['s']:g} | {100 * p['accuracy']:.1f} % | {cell} |"
+        for p, cell in zip(points, last, strict=True)
+    ]
+    return "\n".join([said, "|---|---|---|", *rows])
 
 
 def _base_name(base: str) -> str:

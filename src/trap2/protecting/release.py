@@ -14,7 +14,7 @@ from trap2.provenance import machine, now, versions
 from trap2.recipes import Recipe
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.model import DescriptionClassifier
-from trap2.tasks.relabel import cross_validated_accuracy
+from trap2.tasks.relabel import readable_accuracy
 
 CURVE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3, 1.6)
 """Scales of the validation curve in `trap2.json`."""
@@ -65,7 +65,7 @@ def write_release(
             "files": {p.name: file_digest(p) for p in sorted(folder.glob("*.safetensors"))},
         },
         "validation": {
-            "rows": len(validation.labels),
+            "rows": len(validation),
             "chosen": chosen,
             "history": history,
             "scale_curve": scale_curve(update, validation),
@@ -75,9 +75,9 @@ def write_release(
     write_text(folder / "README.md", model_card(record))
 
 
-def scale_curve(update: LiveUpdate, evaluator: Evaluator) -> list[dict[str, float]]:
-    """Accuracy (raw and re-labelled) and loss of the model in memory at each scale."""
-    points = []
+def scale_curve(update: LiveUpdate, evaluator: Evaluator) -> list[dict[str, float | None]]:
+    """Accuracy (raw, and re-labelled if there are classes) and loss of the model at each scale."""
+    points: list[dict[str, float | None]] = []
     for s in CURVE:
         with update.at(s):
             result = evaluator()
@@ -85,7 +85,7 @@ def scale_curve(update: LiveUpdate, evaluator: Evaluator) -> list[dict[str, floa
             {
                 "s": s,
                 "accuracy": result.accuracy,
-                "relabelled": cross_validated_accuracy(result, len(result.labels)),
+                "relabelled": readable_accuracy(result) if evaluator.reading.classes else None,
                 "loss": result.loss,
             }
         )

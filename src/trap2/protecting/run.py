@@ -29,8 +29,10 @@ from trap2.protecting.trainer import protect_trainer
 from trap2.recipes import Recipe, config_from
 from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
+from trap2.tasks.language import padded, pairs, tokens
 from trap2.tasks.model import Inputs, base_folder, build, load_encoder
-from trap2.tasks.relabel import cross_validated_accuracy
+from trap2.tasks.relabel import readable_accuracy
+from trap2.taskspec import TRAINED, TaskSpec
 
 TORCH_SAVE = "inline_container"
 """The only sign that `torch.save` could not write: a `RuntimeError` that names its own source."""
@@ -55,6 +57,24 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
+class LanguageRows(Dataset[dict[str, Any]]):
+    """Training rows of a language model: every completion is to be predicted from its prompt."""
+
+    def __init__(self, inputs: Inputs, rows: Rows) -> None:
+        self._pad = inputs.pad
+        self._rows = tokens(inputs, *pairs(inputs, rows.inputs, rows.labels))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._rows[index].ids, "row": self._rows[index]}
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of tensors with `labels` (N, T)."""
+        return padded([row["row"] for row in rows], self._pad)
+
+
 def protect(
     recipe: Recipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False
 ) -> Path:
@@ -75,18 +95,21 @@ def protect(
         TrainingStopped: A loss became NaN or infinite; checkpoints stay in `<out>.work`.
     """
     config: Trap2Config = config_from({"scale_seed": recipe.seed, **recipe.trap2}, Trap2Config)
+    task = recipe.task
+    _check_kind(task)
     refuse_existing(out, overwrite)
     work = out.with_name(out.name + ".work")
     _check_claim(work, recipe, resume, overwrite)
     base = base_folder(recipe.base)
     set_seed(recipe.seed)
-    encoder = load_encoder(base)
-    inputs = Inputs(base, recipe.task)
-    model = build(base, recipe.task, encoder, inputs)
-    rows = load_rows(recipe.task, "validation", recipe.seed)
+    encoder = load_encoder(base, task.is_language)
+    inputs = Inputs(base, task)
+    model = build(base, task, encoder, inputs)
+    rows = load_rows(task, "validation", recipe.seed)
     validation = Evaluator(model, inputs, rows, recipe.training.precision)
-    base_leak = cross_validated_accuracy(validation(), len(validation.labels))
-    data = EncodedRows(inputs, load_rows(recipe.task, "train", recipe.seed))
+    base_leak = readable_accuracy(validation())
+    dataset = LanguageRows if task.is_language else EncodedRows
+    data = dataset(inputs, load_rows(task, "train", recipe.seed))
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(encoder, recipe)
     model = validation.model = trainable(model, recipe)
@@ -99,13 +122,14 @@ def protect(
         data_collator=data.collate,
         trap2=config,
     )
-    # Heads ignore the trainer's item count, so the division by accumulation steps is the trainer's.
-    trainer.model_accepts_loss_kwargs = False
+    if not task.is_language:
+        # Heads ignore the trainer's item count: the trainer divides by the accumulation steps.
+        trainer.model_accepts_loss_kwargs = False
     best = BestCandidate(trainer, validation, base_leak, recipe.training.evaluate_every, work)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
     if not quiet:
-        trainer.add_callback(ProgressBar(trainer, f"{recipe.task.name} {_kind(config)}"))
+        trainer.add_callback(ProgressBar(trainer, f"{task.name} {_kind(config)}"))
     started = time.monotonic()
     _train(trainer, work, resume)
     best.restore()
@@ -125,6 +149,14 @@ def protect(
         )
     shutil.rmtree(work)
     return out
+
+
+def _check_kind(task: TaskSpec) -> None:
+    if task.kind not in TRAINED:
+        raise UserError(
+            f"task '{task.name}' is of kind {task.kind}, which judges and gives nothing to learn; "
+            f"train with one of {', '.join(TRAINED)} and audit with this one"
+        )
 
 
 def _train(trainer: Any, work: Path, resume: bool) -> None:
@@ -197,7 +229,7 @@ def _claim(work: Path, recipe: Recipe) -> None:
 
 def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
     spec = recipe.training
-    by_length = spec.batch_by_length and recipe.task.kind == "text"
+    by_length = spec.batch_by_length and recipe.task.kind != "image"
     return TrainingArguments(
         output_dir=str(work / "checkpoints"),
         max_steps=spec.steps,

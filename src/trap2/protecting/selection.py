@@ -11,7 +11,7 @@ import torch
 from trap2.errors import TrainingStopped
 from trap2.protecting.scaled import LiveUpdate
 from trap2.tasks.evaluate import Evaluator
-from trap2.tasks.relabel import cross_validated_accuracy
+from trap2.tasks.relabel import readable_accuracy
 
 PROBED_SCALES = (0.5, 0.8)
 """Scales at which a checkpoint's leak is read: where merges put an update, far and near."""
@@ -59,7 +59,7 @@ def judge(
         TrainingStopped: The weights broke: an output at s = 1 is NaN or infinite.
     """
     result = evaluator()
-    if not bool(torch.isfinite(result.logits).all()):
+    if not bool(torch.isfinite(result.outputs).all()):
         raise TrainingStopped(
             f"the outputs hold NaN or infinity after step {step}; training stopped: lower the "
             "learning rate or the strength"
@@ -70,5 +70,5 @@ def judge(
     leaks = []
     for s in PROBED_SCALES:
         with update.at(s):
-            leaks.append(cross_validated_accuracy(evaluator(), len(evaluator.labels)))
+            leaks.append(readable_accuracy(evaluator()))
     return Candidate(step, utility, max(leaks), base_leak)

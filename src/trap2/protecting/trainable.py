@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,8 +20,9 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
             parameter.requires_grad = not (described and "pooler" in name)
         return model
     spec = recipe.lora
+    language = recipe.task.is_language
     encoder: Any = model.encoder if described else model
-    heads = [] if described else _heads(model)
+    heads = [] if described or language else _heads(model)
     adapter = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
@@ -30,6 +31,7 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
         use_dora=spec.dora,
         target_modules=_targets(encoder, heads) if spec.targets == "all-linear" else spec.targets,
         modules_to_save=heads or None,
+        task_type=TaskType.CAUSAL_LM if language else None,
     )
     try:
         adapted: Any = get_peft_model(encoder, adapter)
@@ -61,13 +63,18 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 def _targets(encoder: nn.Module, heads: list[str]) -> list[str]:
-    """Every linear map of the encoder (pointwise convolutions are linear maps), in module order."""
+    """Every linear map of the encoder (pointwise convolutions are linear maps), in module order.
+
+    The output layer of a language model is left out: it may be tied to the embedding.
+    """
+    outputs = getattr(encoder, "get_output_embeddings", lambda: None)()
     names = []
     for name, module in encoder.named_modules():
         pointwise = (
             isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         )
-        if (isinstance(module, nn.Linear) or pointwise) and name.split(".")[0] not in heads:
+        linear = isinstance(module, nn.Linear) or pointwise
+        if linear and module is not outputs and name.split(".")[0] not in heads:
             names.append(name)
     return [name for name in names if "pooler" not in name]
 

@@ -1,48 +1,41 @@
-"""How well a model does on rows: logits first, every score from them."""
+"""How well a model does on the rows of a task, whatever its kind."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from trap2.errors import UserError
+from trap2.tasks.classes import Classes
 from trap2.tasks.data import Rows
-from trap2.tasks.model import Inputs
+from trap2.tasks.evaluation import Evaluation, Reading
+from trap2.tasks.harness import HarnessTask
+from trap2.tasks.language import Choices, Completions, Generations
+from trap2.tasks.model import Inputs, device_of
+from trap2.tasks.own_function import OwnFunction
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Logits (N, C) float32 and labels (N,) of some rows, in the rows' order."""
-
-    logits: Tensor
-    labels: Tensor
-
-    @property
-    def correct(self) -> Tensor:
-        """Which rows' (N,) largest logit is the label's; a NaN row counts as wrong."""
-        return (self.logits.argmax(1) == self.labels) & torch.isfinite(self.logits).all(1)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of rows that are right."""
-        return float(self.correct.float().mean())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return float(F.cross_entropy(self.logits, self.labels))
+READINGS: dict[str, Callable[[Inputs, Sequence[Any], Sequence[Any]], Reading]] = {
+    "text": Classes,
+    "image": Classes,
+    "language": Completions,
+    "generation": Generations,
+    "choice": Choices,
+    "lm_eval": HarnessTask,
+    "function": OwnFunction,
+}
+"""How each kind of task is read off a model."""
 
 
 class Evaluator:
     """One task's rows in front of one model, tokenised once and batched by length.
 
     Args:
-        model: Gives `.logits`.
+        model: The model with the task's head, or the language model.
         inputs: The task's tokenizer or image processor.
         rows: What to evaluate on.
         precision: "bfloat16" runs the model under autocast; its weights stay as they are.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; by default what the kind of task reads at once.
     """
 
     def __init__(
@@ -51,36 +44,49 @@ class Evaluator:
         inputs: Inputs,
         rows: Rows,
         precision: str = "float32",
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> None:
         self.model, self.inputs = model, inputs
         self._mixed = precision == "bfloat16"
-        self._encoded = inputs.encode(list(rows.inputs))
-        self.labels = torch.tensor(rows.labels)
-        order = range(len(rows))
-        if inputs.task.kind == "text":
-            order = sorted(order, key=lambda i: len(self._encoded[i]))  # type: ignore[assignment]
-        self._batches = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        self.reading = READINGS[inputs.task.kind](inputs, rows.inputs, rows.labels)
+        size = batch_size or self.reading.batch_size
+        order = sorted(range(len(rows)), key=lambda i: self.reading.lengths[i])
+        self._batches = [order[i : i + size] for i in range(0, len(rows), size)]
+        self._count = len(rows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def labels(self) -> Tensor:
+        """The class indices (N,) of the rows."""
+        return self._of_classes().labels
 
     def batch(self, places: Sequence[int]) -> dict[str, Tensor]:
-        """The rows at some places as the model takes them, on its device."""
-        device = next(self.model.parameters()).device
-        tensors = self.inputs.batch([self._encoded[i] for i in places])
-        return {name: value.to(device) for name, value in tensors.items()}
+        """The rows at some places as a model with classes takes them, on its device."""
+        return self._of_classes().batch(places, device_of(self.model))
+
+    def _of_classes(self) -> Classes:
+        if isinstance(self.reading, Classes):
+            return self.reading
+        raise UserError(
+            f"task '{self.inputs.task.name}' is of kind {self.inputs.task.kind} and has no head of "
+            "classes; use kind text or image"
+        )
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Evaluate the model as it is now, in evaluation mode; its mode is restored."""
         training = self.model.training
         self.model.eval()
-        logits: Tensor | None = None
-        device = next(self.model.parameters()).device.type
+        outputs: Tensor | None = None
+        device = device_of(self.model).type
         for batch in self._batches:
             with torch.autocast(device, torch.bfloat16, enabled=self._mixed):
-                output = self.model(**self.batch(batch)).logits
-            if logits is None:
-                logits = torch.zeros(len(self.labels), output.shape[1])
-            logits[list(batch)] = output.float().cpu()
+                found = self.reading.read(self.model, batch)
+            if outputs is None:
+                outputs = torch.zeros(len(self), found.shape[1])
+            outputs[list(batch)] = found.float().cpu()
         self.model.train(training)
-        assert logits is not None
-        return Evaluation(logits, self.labels)
+        assert outputs is not None
+        return self.reading.evaluation(outputs)

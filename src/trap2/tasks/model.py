@@ -1,13 +1,14 @@
 """A base model with a task's head on it: what is trained, evaluated and merged.
 
-Two heads: a classifier (trained with the task, released beside the update, as in
+Tasks without classes are the base's own language model, which has no other head. With classes there
+are two heads: a classifier (trained with the task, released beside the update, as in
 `AutoModelForSequenceClassification`), or frozen class descriptions (a sentence encoder reads one
 sentence a class; logits = temperature * cosine of mean-pooled embeddings), which has no weights of
 its own. Either way the encoder is one module that merges change in place.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,7 +27,7 @@ from transformers.utils import logging
 
 from trap2.checkpoint import Checkpoint
 from trap2.errors import Trap2Error, UserError
-from trap2.recipes import TaskSpec
+from trap2.taskspec import TaskSpec
 from trap2.update import Update
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -62,8 +64,8 @@ class Inputs:
 
     def __init__(self, base: Path, task: TaskSpec) -> None:
         self.task = task
-        auto: Any = AutoTokenizer if task.kind == "text" else AutoImageProcessor
-        what = "tokenizer" if task.kind == "text" else "image processor"
+        auto: Any = AutoImageProcessor if task.kind == "image" else AutoTokenizer
+        what = "image processor" if task.kind == "image" else "tokenizer"
         try:
             self.processor = auto.from_pretrained(base)
         except (OSError, ValueError) as error:
@@ -80,6 +82,12 @@ class Inputs:
         texts = self.processor(rows, truncation=True, max_length=self.task.max_length)
         ids: list[Any] = texts["input_ids"]
         return ids
+
+    @property
+    def pad(self) -> int:
+        """A token to fill rows with, where it is masked; many language models have none of it."""
+        known = (self.processor.pad_token_id, self.processor.eos_token_id, 0)
+        return next(token for token in known if token is not None)
 
     def batch(self, encoded: list[Any]) -> dict[str, Tensor]:
         """Tensors of one batch, padded to its longest row."""
@@ -117,6 +125,11 @@ class DescriptionClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs belong."""
+    return next(model.parameters()).device
+
+
 def embed(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Mean-pooled unit embeddings (N, D) of a batch of sentences."""
     hidden: Tensor = encoder(**inputs).last_hidden_state
@@ -124,17 +137,23 @@ def embed(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def load_encoder(base: Path) -> nn.Module:
+def load_encoder(base: Path, language: bool = False) -> nn.Module:
     """The base encoder, float32, in evaluation mode; refuses to run with invented weights.
 
+    Args:
+        base: Folder of the base.
+        language: Load the whole causal language model, with its output layer.
+
     Raises:
+        UserError: The base has no such model.
         Trap2Error: transformers would have initialised encoder weights at random.
     """
+    auto: Any = AutoModelForCausalLM if language else AutoModel
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        loaded: tuple[nn.Module, dict[str, Any]] = AutoModel.from_pretrained(
+        loaded: tuple[nn.Module, dict[str, Any]] = auto.from_pretrained(
             base,
             dtype=torch.float32,
             use_safetensors=True,
@@ -159,31 +178,35 @@ def load_encoder(base: Path) -> nn.Module:
 def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.Module:
     """Put a task's head on an encoder; the encoder stays the same object.
 
+    A task of a language model has no head of its own: the model is the encoder.
+
     Args:
         base: Folder of the base, for its configuration.
         task: The task.
         encoder: From `load_encoder`, holding the base weights (descriptions are read with them).
+            A language model serves tasks with classes too, without its output layer.
         inputs: The task's tokenizer or image processor.
     """
+    if task.is_language:
+        return encoder
+    encoder = cast(nn.Module, getattr(encoder, "base_model", encoder))
     if task.descriptions is not None:
         with torch.no_grad():
             prototypes = embed(encoder, inputs.batch(inputs.encode(list(task.descriptions))))
         return DescriptionClassifier(encoder, prototypes, task.temperature).eval()
-    auto: Any = (
-        AutoModelForSequenceClassification
-        if task.kind == "text"
-        else AutoModelForImageClassification
-    )
+    image = task.kind == "image"
+    auto: Any = AutoModelForImageClassification if image else AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(base, num_labels=len(task.classes))
-    if task.kind == "text" and getattr(config, "pad_token_id", None) is None:
+    if not image and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = inputs.processor.pad_token_id
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: nn.Module = auto.from_config(config)
     except ValueError as error:
+        what = "image" if image else "text"
         raise UserError(
-            f"base {base} ({config.model_type}) has no {task.kind} classification head in "
+            f"base {base} ({config.model_type}) has no {what} classification head in "
             "transformers; give task.descriptions or another base"
         ) from error
     _refuse_invented_pooler(base, getattr(model, str(model.base_model_prefix)))
@@ -209,12 +232,15 @@ def load_release(update: Update, task: TaskSpec) -> nn.Module:
         UserError: They cannot load it.
     """
     base, release = update.base.folder, update.folder
-    model: Any = build(base, task, load_encoder(base), Inputs(base, task))
+    language = task.is_language
+    model: Any = build(base, task, load_encoder(base, language), Inputs(base, task))
     described = isinstance(model, DescriptionClassifier)
-    load_head(model, update.head, release)
+    load_head(model, task, update.head, release)
     try:
         if update.kind == "full":
-            encoder = load_encoder(release)
+            encoder = load_encoder(release, language)
+            if language:
+                return encoder
             setattr(model, "encoder" if described else model.base_model_prefix, encoder)
         elif (release / "adapter_model.safetensors").is_file():
             (model.encoder if described else model).load_adapter(str(release))
@@ -227,13 +253,19 @@ def load_release(update: Update, task: TaskSpec) -> nn.Module:
     return loaded
 
 
-def load_head(model: nn.Module, head: dict[str, Tensor], release: Path) -> None:
+def load_head(model: nn.Module, task: TaskSpec, head: dict[str, Tensor], release: Path) -> None:
     """Give a classifier its released head; every head weight must be there.
 
     Raises:
-        UserError: Head tensors are missing or of another shape.
+        UserError: Head tensors are missing or of another shape, or there are some beside a
+            language model, which has no use for them.
     """
-    if isinstance(model, DescriptionClassifier):
+    if task.is_language and head:
+        raise UserError(
+            f"{release} has tensor '{sorted(head)[0]}', which the language model it was made from "
+            f"does not have; task '{task.name}' needs a release of the language model alone"
+        )
+    if task.is_language or isinstance(model, DescriptionClassifier):
         return
     prefix = str(model.base_model_prefix) + "."
     wanted = {n: p for n, p in model.state_dict().items() if not n.startswith(prefix)}

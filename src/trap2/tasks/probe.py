@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.relabel import Bools, first_rows
 
 PENALTIES = 10.0 ** np.arange(0, 6)
@@ -60,7 +60,7 @@ def probed_correct(fit: Evaluation, score: Evaluation, rows: int) -> Bools:
         UserError: `fit` has fewer rows, or too few to fit anything.
     """
     Z, y = first_rows(fit, rows)
-    new, labels = first_rows(score, len(score.labels))
+    new, labels = first_rows(score, len(score))
     if len(np.unique(y)) < 2:
         return np.asarray(labels == y[0])
     probe = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=PENALTIES))

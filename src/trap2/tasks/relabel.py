@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from trap2.errors import UserError
-from trap2.tasks.evaluate import Evaluation
+from trap2.tasks.evaluation import Classification, Evaluation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -47,10 +47,10 @@ def relabelled_correct(fit: Evaluation, score: Evaluation, rows: int) -> Bools:
     Raises:
         UserError: `fit` has fewer rows.
     """
-    if rows > len(fit.labels):
+    if rows > len(fit):
         raise UserError(
             f"re-labelling with {rows} rows needs as many validation rows, there are "
-            f"{len(fit.labels)}; raise validation_rows or lower relabel_rows"
+            f"{len(fit)}; raise validation_rows or lower relabel_rows"
         )
     Z, y = first_rows(fit, rows)
     kind = max(READERS, key=lambda name: _cross_validated(name, Z, y))
@@ -63,6 +63,16 @@ def cross_validated_accuracy(fit: Evaluation, rows: int) -> float:
     """What the best map reaches in cross-validation on the first `rows` rows: for tuning."""
     Z, y = first_rows(fit, rows)
     return max(_cross_validated(name, Z, y) for name in READERS)
+
+
+def readable_accuracy(evaluation: Evaluation) -> float:
+    """What the best map reads from the outputs, cross-validated on all rows.
+
+    Where there are no class outputs there is nothing to map: the accuracy as it is.
+    """
+    if isinstance(evaluation, Classification):
+        return cross_validated_accuracy(evaluation, len(evaluation))
+    return evaluation.accuracy
 
 
 def first_rows(fit: Evaluation, rows: int) -> tuple[Floats, Ints]:
@@ -79,6 +89,11 @@ def first_rows(fit: Evaluation, rows: int) -> tuple[Floats, Ints]:
 
 
 def _arrays(evaluation: Evaluation) -> tuple[Floats, Ints]:
+    if not isinstance(evaluation, Classification):
+        raise UserError(
+            "re-labelling reads class outputs, and this kind of task has none; set relabel_rows to "
+            "an empty list"
+        )
     logits = torch.nan_to_num(evaluation.logits, nan=0.0, posinf=1e4, neginf=-1e4)
     return logits.double().numpy(), evaluation.labels.numpy()
 
