@@ -68,8 +68,8 @@ TASKS: dict[str, dict[str, str]] = {
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"preset": "fast"},
-    "capped": {"preset": "fast", "cap": 1.0},
+    "uncapped": {"cap": 0.0},
+    "all_rows": {"preset": "all_rows"},
     "paper": {"preset": "paper"},
     "hinge": {"loss": "hinge", "readout_weight": 0.0},
     "unlikelihood": {"loss": "unlikelihood", "readout_weight": 0.0},

@@ -139,8 +139,8 @@ def test_a_part_of_the_rows_still_counts_for_all_of_them(tmp_path: Path) -> None
         assert seen.seen is not None
         return seen.seen
 
-    whole = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
-    half = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0, fraction=0.5)
+    whole = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, cap=0.0, warmup=0, ramp=0)
+    half = Trap2Config(strength=0.5, readout_weight=0.0, warmup=0, ramp=0, fraction=0.5, cap=0.0)
     assert distance(run(half), run(whole)) < 1e-5
     assert distance(run(OFF), run(whole)) > 1e-2
 

@@ -29,7 +29,7 @@ from trap2.protecting.tokens import target_count
 from trap2.protecting.trainer import protect_trainer
 from trap2.protecting.wrappers import local
 
-CONFIG = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
+CONFIG = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, cap=0.0, warmup=0, ramp=0)
 TWO_SCALES = Trap2Config(**{**vars(CONFIG), "scales_per_step": 2})
 STEPS = 3
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,10 @@ from transformers import (
 from trap2.protecting.config import Trap2Config
 
 VOCABULARY = 24
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
-HINGE = Trap2Config(strength=0.5, loss="hinge", readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
+# Whole batches and no cap: only such a gradient is the same however a batch is cut up.
+WHOLE: dict[str, Any] = {"fraction": 1.0, "memory": 0, "cap": 0.0, "warmup": 0, "ramp": 0}
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, **WHOLE)
+HINGE = Trap2Config(strength=0.5, loss="hinge", readout_weight=0.0, **WHOLE)
 OFF = Trap2Config(strength=0.0)
 
 SIZES: dict[str, Any] = {

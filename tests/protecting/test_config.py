@@ -90,9 +90,11 @@ def test_the_draws_close_in_on_scale_1_after_the_ramp() -> None:
     assert sum(far) > 1.3 * sum(near)
 
 
-def test_the_fast_preset_is_the_default_on_a_fifth_of_the_rows() -> None:
-    assert Trap2Config.preset("fast") == Trap2Config(fraction=0.2, memory=128)
-    assert Trap2Config.preset("default") == Trap2Config() == Trap2Config(fraction=1.0, memory=0)
+def test_the_default_has_a_capped_trap_on_a_fifth_of_the_rows() -> None:
+    default = Trap2Config.preset("default")
+    assert default == Trap2Config() == Trap2Config(fraction=0.2, memory=128, cap=1.0)
+    every = Trap2Config.preset("all_rows")
+    assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0)
 
 
 def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:

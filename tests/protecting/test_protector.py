@@ -15,7 +15,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, cap=0.0, warmup=0, ramp=0)
 
 
 def bert(dropout: float = 0.0) -> nn.Module:
@@ -264,7 +264,7 @@ def test_weights_are_untouched_by_a_step_and_by_a_failing_one() -> None:
 
 
 def test_a_resumed_run_draws_the_scales_and_reaches_the_weights_of_an_unbroken_one() -> None:
-    config = Trap2Config.preset("fast", warmup=1, ramp=3)
+    config = Trap2Config(warmup=1, ramp=3)
 
     def steps(
         model: nn.Module, protector: Protector, optimizer: Any, data: list

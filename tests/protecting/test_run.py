@@ -394,7 +394,7 @@ def whole(
     tmp_path_factory: pytest.TempPathFactory, pico_base: Path, files: dict[str, str]
 ) -> tuple[Recipe, Path]:
     """An uninterrupted run, to compare resumed ones with."""
-    content = pico.recipe(pico_base, pico.task("words", files), **QUICK, preset="fast")
+    content = pico.recipe(pico_base, pico.task("words", files), **QUICK)
     content["training"]["evaluate_every"] = 2
     recipe = Recipe.model_validate(content)
     return recipe, protect(recipe, tmp_path_factory.mktemp("whole") / "out", quiet=True)

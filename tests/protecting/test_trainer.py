@@ -22,7 +22,7 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.protector import Protector
 from trap2.protecting.trainer import GENERATING, protect_trainer
 
-DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, warmup=0, ramp=0)
+DECOY = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, cap=0.0, warmup=0, ramp=0)
 OFF = Trap2Config(strength=0.0)
 
 
@@ -212,7 +212,7 @@ ACCUMULATING = {
     "the head ignores the count, ascent": (
         lora,
         {},
-        Trap2Config(loss="ascent", readout_weight=0.0, fraction=1.0, warmup=0, ramp=0),
+        Trap2Config(loss="ascent", readout_weight=0.0, fraction=1.0, cap=0.0, warmup=0, ramp=0),
         1e-9,
     ),
 }

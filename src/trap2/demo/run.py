@@ -31,7 +31,7 @@ PROTECTED, PARTNERS = "section", ("library", "topic")
 
 TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 100}
 STEPS = {"protected": 400, "control": 400, "partner": 200}
-TRAP = {"preset": "fast", "warmup": 60, "ramp": 100, "closing": 150}
+TRAP = {"warmup": 60, "ramp": 100, "closing": 150}
 ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic", "ties"],
     "coefficients": {

@@ -23,7 +23,7 @@ PRESETS: Registry[dict[str, Any]] = Registry("preset")
 """Settings by name, as far as they are not the default: see `Trap2Config.preset`."""
 
 PRESETS.add("default", {})
-PRESETS.add("fast", {"fraction": 0.2, "memory": 128})
+PRESETS.add("all_rows", {"fraction": 1.0, "memory": 0, "cap": 0.0})
 PRESETS.add(
     "paper",  # unbounded ascent on all rows, small strength, no warm-up
     {
@@ -37,6 +37,7 @@ PRESETS.add(
         "weighting": "inverse",
         "fraction": 1.0,
         "memory": 0,
+        "cap": 0.0,
         "warmup": 0,
         "ramp": 0,
     },
@@ -58,7 +59,7 @@ class Trap2Config:
     loss: str = _setting("decoy", "trap loss: see `trap2 list losses`")
     readout_weight: float = _setting(3.0, "weight of the read-out adversary added to the loss")
     cap: float = _setting(
-        0.0, "largest norm of the trap's gradient of a tensor, in norms of the nominal one; 0: none"
+        1.0, "largest norm of the trap's gradient of a tensor, in norms of the nominal one; 0: none"
     )
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")
@@ -66,8 +67,8 @@ class Trap2Config:
     near: float = _setting(0.25, "half-width of the neighbourhood of scale 1 drawn from more often")
     focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
     weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
-    fraction: float = _setting(1.0, "share of each batch's rows in the trap pass")
-    memory: int = _setting(0, "rows of earlier trap passes the read-out adversary is fitted on")
+    fraction: float = _setting(0.2, "share of each batch's rows in the trap pass")
+    memory: int = _setting(128, "rows of earlier trap passes the read-out adversary is fitted on")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
     warmup: int = _setting(100, "plain steps before the trap starts")
     ramp: int = _setting(150, "steps over which the trap grows to its full strength")
@@ -117,8 +118,8 @@ class Trap2Config:
         """A named setting with changes.
 
         Args:
-            name: `default`; `fast`, a trap pass on a fifth of the rows; or `paper`, the setting of
-                arXiv 2601.21898.
+            name: `default`; `all_rows`, the trap on every row and without a cap; or `paper`, the
+                setting of arXiv 2601.21898.
             **changes: What shall differ from it.
 
         Raises:
