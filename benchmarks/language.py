@@ -74,17 +74,38 @@ def main() -> None:
         run = measured(data / "models" / "stories260k", chosen.work, method, chosen.seed)
         run["seconds"] = round(time.monotonic() - started)
         runs = read_json(RESULTS)["runs"] if RESULTS.is_file() else {}
+        runs = {**runs, method: run}
         record = {
+            "figures": figures(runs),
             "command": "TRAP2_DATA=... python benchmarks/language.py",
             "machine": machine(),
             "versions": versions(),
             "seed": chosen.seed,
             "training": {"steps": STEPS, "learning_rate": LEARNING_RATE, "trap2": TRAP},
             "attacker": ATTACKER,
-            "runs": {**runs, method: run},
+            "runs": runs,
         }
         RESULTS.parent.mkdir(exist_ok=True)
         write_json(RESULTS, record)
+
+
+def figures(runs: dict[str, Any]) -> dict[str, float]:
+    """The named numbers: shares of right tokens, and what the tuned attacker gets."""
+    found = {}
+    for method, run in runs.items():
+        names = ("base", "control", "standalone")
+        found |= {f"{name}_{method}": run["references"][name] for name in names}
+        found[f"utility_cost_{method}"] = run["utility_cost"]
+        found |= {
+            f"{name}_at_half_scale_{method}": point["accuracy"]
+            for name, curve in (("protected", "scale_curve"), ("control", "control_scale_curve"))
+            for point in run[curve]
+            if point["s"] == 0.5
+        }
+        for tier, result in run["tiers"].items():
+            for key in ("unmergeability", "control_unmergeability", "partners_ignored"):
+                found[f"{tier.lower()}_{key}_{method}"] = result[key]
+    return found
 
 
 def write_rows(data: Path, folder: Path) -> None:
