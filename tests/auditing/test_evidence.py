@@ -10,6 +10,7 @@ from torch import nn
 from trap2.attacks.attack import load_attacks
 from trap2.auditing import evidence
 from trap2.auditing.arena import Arena
+from trap2.auditing.checks import LOGIT_GAP
 from trap2.auditing.evidence import differences, gather, recipe_of, release_record
 from trap2.auditing.grid import tried
 from trap2.errors import UserError
@@ -114,7 +115,7 @@ def test_a_path_that_leaves_tensors_out_is_seen(copied):
     weights = load_file(release / "adapter_model.safetensors")
     first = next(name for name in weights if "lora_B" in name)
     save_file({**weights, first: weights[first] * 0}, release / "adapter_model.safetensors")
-    assert gather(arena).reload_gap["release"] > 1e-2
+    assert gather(arena).reload_gap["release"] > LOGIT_GAP
 
 
 def test_a_release_that_cannot_be_loaded_or_gives_no_numbers_has_no_gap(copied, monkeypatch):
