@@ -3,14 +3,16 @@
     TRAP2_DATA=/path/to/data python benchmarks/attacks.py
 
 Three sets of releases, each of one protected release, its control and partners: MiniLM with LoRA
-and in full on four text tasks (made as in `first_bench.py`, `trec6` protected), and MobileNetV2 in
-full on three image tasks, whose batch-norm statistics are worked out again after every merge. Each
+and in full on the text tasks of `first_bench.py` (`trec6` protected), and MobileNetV2 in full on
+the image tasks of `images.py` (`kmnist10k` protected), whose batch-norm statistics are worked out
+again after every merge; a `--work` that holds releases of those benches spares training them. Each
 attack has an audit of its own with a few values of its coefficient and parameters, so that all of
 them take minutes: this says which attacks work at all, not what the strongest attacker gets.
 
 Writes `results/attacks.json` and `.md` after every attack. What the JSON holds is kept, so a run
 can be cut short and gone on with; audits share one ledger. `--quadruples`, `--attacks` and `--rows`
-choose.
+choose. Methods that other libraries make (`peft_...`, `mergekit_...`) run when named, and are not
+counted among the methods listed.
 """
 
 import argparse
@@ -22,24 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import first_bench
+import images
 from trap2.attacks.attack import load_attacks
 from trap2.auditing.audit import audit
 from trap2.auditing.ledger import Ledger
 from trap2.errors import Trap2Error, UserError
 from trap2.files import read_json, write_json, write_text
 from trap2.progress import audit_bar
-from trap2.protecting.run import protect
 from trap2.provenance import machine, now, versions
-from trap2.recipes import AuditSpec, Recipe
+from trap2.recipes import AuditSpec
 from trap2.schema import Report
 
-RESULTS = Path(__file__).parent.parent / "results"
-PRECISION = {k: v for k, v in first_bench.ATTACKER.items() if k == "precision"}
-"""As in `first_bench.py`."""
-
-PROTECTED, IMAGES = "trec6", ("kmnist10k", "mnist10k", "fashion_mnist")
-IMAGE_TRAINING = {"steps": 300, "batch_size": 32, "learning_rate": 1e-3, "evaluate_every": 100}
-
+RESULTS = first_bench.RESULTS
 SUM, MEAN, WAY = [0.4, 0.6, 0.8, 1.0], [1.0, 1.5, 2.0, 3.0], [0.3, 0.5, 0.7]
 AVERAGING = ("ties", "dare_ties", "della", "pcb", "karcher", "iso_c", "iso_cts", "cart")
 AVERAGING += ("ties_knots", "ties_core", "regmean", "regmean_pp", "chain_of_merges", "fisher")
@@ -118,8 +114,9 @@ def known(out: Path) -> dict[str, Any]:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     every = [*load_attacks(), *METHODS]
+    own = [name for name in every if name in METHODS or load_attacks().get(name).tool is None]
     top.add_argument("--quadruples", nargs="+", default=[*QUADRUPLES], choices=[*QUADRUPLES])
-    top.add_argument("--attacks", nargs="+", default=every, choices=every)
+    top.add_argument("--attacks", nargs="+", default=own, choices=every)
     top.add_argument("--rows", type=int, default=150, help="validation rows; twice as many test")
     top.add_argument("--seed", type=int, default=0)
     top.add_argument("--work", type=Path, default=Path("build/attacks"))
@@ -129,63 +126,36 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _data() -> Path:
     data = Path(os.environ.get("TRAP2_DATA", ""))
-    if not (data / "text" / PROTECTED).is_dir():
+    if not (data / "text").is_dir():
         raise UserError(f"TRAP2_DATA: no folder {data / 'text'}; set it to the folder of the data")
     return data
 
 
-def _texts(method: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """An audit of MiniLM on four text tasks, one protected, trained if need be."""
-    data, seed = _data() / "text", chosen.seed
-
-    def made(setting: str, task: str) -> dict[str, Any]:
-        path = first_bench.make_release(chosen.work, data, method, setting, task, seed)
-        return {"path": str(path.absolute()), "task": first_bench.task_section(data, task)}
-
-    return {
-        "base": str(first_bench.encoder_folder()),
-        "release": made("default", PROTECTED),
-        "control": made("control", PROTECTED)["path"],
-        "partners": [made("control", name) for name in first_bench.TASKS if name != PROTECTED],
-    }
-
-
-def _images(chosen: argparse.Namespace) -> dict[str, Any]:
-    """An audit of MobileNetV2 on three image tasks, one protected, trained if need be."""
-    data = _data()
-    base = str(data / "models" / "mobilenet_v2_0.35")
+def _quadruple(
+    bench: first_bench.Bench, method: str, data: Path, chosen: argparse.Namespace
+) -> dict[str, Any]:
+    """An audit of the first task protected, the others its partners; trained if need be."""
 
     def made(setting: str, name: str) -> dict[str, Any]:
-        task = {
-            "name": name,
-            "kind": "image",
-            "data": {split: str(data / "image" / name / f"{split}.parquet") for split in SPLITS},
-            "classes": [str(label) for label in range(10)],
-            "limit": {"validation": 300},
-        }
-        path = chosen.work / "releases" / f"mobilenet-{setting}-{name}-{chosen.seed}"
-        training = IMAGE_TRAINING | PRECISION
-        recipe = {"base": base, "task": task, "method": "full", "training": training}
-        recipe |= {"trap2": {"strength": 0} if setting == "control" else {}, "seed": chosen.seed}
-        if not (path / "trap2.json").is_file():
-            protect(Recipe.model_validate(recipe), path, overwrite=True)
-        return {"path": str(path.absolute()), "task": task}
+        of = (chosen.work, data, method, setting, name, chosen.seed, bench)
+        path = first_bench.make_release(*of).absolute()
+        return {"path": str(path), "task": bench.section(data, name)}
 
-    protected, *partners = IMAGES
+    protected, *partners = bench.tasks
     return {
-        "base": base,
+        "base": str(bench.base(data)),
         "release": made("default", protected),
         "control": made("control", protected)["path"],
         "partners": [made("control", name) for name in partners],
-        "attacker": {"recompute_statistics": True},
+        "attacker": {k: v for k, v in bench.attacker.items() if k in OF_THE_BENCH},
     }
 
 
-SPLITS = ("train", "test")
+OF_THE_BENCH = ("precision", "recompute_statistics")
 QUADRUPLES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "lora": lambda chosen: _texts("lora", chosen),
-    "full": lambda chosen: _texts("full", chosen),
-    "mobilenet": _images,
+    "lora": lambda chosen: _quadruple(first_bench.TEXT, "lora", _data() / "text", chosen),
+    "full": lambda chosen: _quadruple(first_bench.TEXT, "full", _data() / "text", chosen),
+    "mobilenet": lambda chosen: _quadruple(images.IMAGES, "full", _data(), chosen),
 }
 
 
@@ -210,7 +180,6 @@ def attacker(name: str, rows: int) -> dict[str, Any]:
         "validation_rows": rows,
         "test_rows": 2 * rows,
         "unlabelled_rows": min(100, rows),
-        **PRECISION,
     }
 
 
@@ -268,7 +237,8 @@ def best(runs: dict[str, Any], quadruple: str, tier: str, key: str) -> float | N
 
 def figures(runs: dict[str, Any]) -> dict[str, float]:
     """The named numbers: the best attack of each tier, in the set where it keeps least."""
-    found: dict[str, float] = {"methods_listed": len(load_attacks()) + len(METHODS) - 1}
+    own = [name for name in load_attacks() if load_attacks().get(name).tool is None]
+    found: dict[str, float] = {"methods_listed": len(own) + len(METHODS) - 1}
     sets = dict.fromkeys(name.split("/")[0] for name in runs)
     for tier in TIERS:
         kept = [best(runs, one, tier, "control_retained") for one in sets]

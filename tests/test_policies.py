@@ -35,7 +35,7 @@ REPORTING_MAY_IMPORT = ("trap2.schema", "trap2.errors", "trap2.files")
 """Of core, what needs no torch."""
 
 HOMES: dict[str, tuple[str, ...]] = {
-    "peft": ("trap2.protecting", "trap2.adapters"),
+    "peft": ("trap2.protecting", "trap2.adapters", "trap2.attacks.peft_combinations"),
     "transformers": ("trap2.protecting", "trap2.tasks.model", "trap2.adapters"),
     "datasets": ("trap2.tasks.data",),
     "huggingface_hub": ("trap2.tasks.model",),
@@ -46,7 +46,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "cma": ("trap2.auditing.evolution",),
     "model_signing": ("trap2.signing",),
     "lm_eval": ("trap2.tasks.harness",),
-    "mergekit": (),
+    "mergekit": ("trap2.attacks.mergekit_worker",),
     "trl": (),
     "pickle": (),
     "cloudpickle": (),

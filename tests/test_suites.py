@@ -16,8 +16,13 @@ DIGESTS = {
     "standard-v1": "eca4574f488aa7a9",
     "data-v1": "147c512141d37f18",
     "recovery-v1": "53571f559910ed6d",
+    "mergekit-v1": "0a9c172c3e8a78b1",
+    "peft-v1": "aa25836da6429636",
 }
 """Of everything a suite fixes. A suite that changed is another one: give it a new version."""
+
+TOOLS = {"mergekit-v1": "mergekit", "peft-v1": "peft"}
+"""Suites whose merges another library makes."""
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -33,6 +38,7 @@ def test_every_trial_is_of_an_attack_there_is(name):
         assert [key for key, _ in trial.grid] == list(entry.grid), trial.attack
         assert not trial.per_model or "T3" in entry.tiers
         assert entry.needs_data == (name == "data-v1")
+        assert (entry.tool.name if entry.tool else "") == TOOLS.get(name, "")
         assert any(trial.coefficients)
 
 
@@ -74,6 +80,13 @@ def test_the_suites_of_t4_and_t5_try_all_there_is_of_their_tier():
     data = [name for name in load_attacks() if load_attacks().get(name).needs_data]
     assert sorted(trial.attack for trial in DATA_V1.trials) == data
     assert [*RECOVERY_V1.methods] == [*METHODS]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_suites_of_a_library_try_all_of_its_methods(name):
+    attacks = load_attacks()
+    known = [n for n in attacks if (t := attacks.get(n).tool) is not None and t.name == TOOLS[name]]
+    assert sorted(trial.attack for trial in suite(name).trials) == known
 
 
 @pytest.mark.parametrize("name", ["data-v1", "recovery-v1"])

@@ -124,8 +124,10 @@ class MergedDeltas:
         self._modules: dict[str, str] = {}  # adapted module of the base: its name in the release
         own = self._sorted_out(tuple(config.get("modules_to_save") or ()))
         self._layers = {known: self._layer(known, own) for known in self._modules}
+        # Under the names that they have in the release.
+        root = tree({name: self._layers[known] for known, name in self._modules.items()})
         try:
-            self._adapted = _adapted(self._named_layers(), config, own)
+            self._adapted = _adapted(root, config, own)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, Unsupported):
                 raise
@@ -172,7 +174,7 @@ class MergedDeltas:
         shape = self._base.shape(f"{known}.weight")
         rows = any(f"{module}.{part}" in name for name in own for part in OF_ROWS)
         with torch.device("meta"):
-            layer = _layer_of(shape, rows, self._transposed)
+            layer = layer_of(shape, rows, self._transposed)
         for part in ("weight", "bias"):
             name, value = f"{known}.{part}", None
             if name in self._base:
@@ -184,19 +186,6 @@ class MergedDeltas:
 
     def _read(self, name: str) -> Tensor:
         return self._base.tensor(name).float()
-
-    def _named_layers(self) -> nn.Module:
-        """The layers under the names that they have in the release."""
-        root = nn.Module()
-        for known, name in self._modules.items():
-            *parents, last = name.split(".")
-            place = root
-            for part in parents:
-                if not hasattr(place, part):
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            place.add_module(last, self._layers[known])
-        return root
 
     def _merged(self, known: str) -> dict[str, Tensor]:
         """What merging adds to the weight and the bias of a module of the base, float32."""
@@ -253,8 +242,28 @@ def _whole_or_weight(names: Iterable[str]) -> Iterator[str]:
         yield from (f"{module}.weight" for module in _parents(name))
 
 
-def _layer_of(shape: tuple[int, ...], rows: bool, transposed: bool) -> nn.Module:
-    """A layer whose weight has this shape."""
+def tree(layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that has these layers under their dotted names."""
+    root = nn.Module()
+    for name, layer in layers.items():
+        *parents, last = name.split(".")
+        place = root
+        for part in parents:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, layer)
+    return root
+
+
+def layer_of(shape: tuple[int, ...], rows: bool, transposed: bool) -> nn.Module:
+    """A layer whose weight has this shape.
+
+    Args:
+        shape: The weight's.
+        rows: Whether it is an embedding.
+        transposed: Whether a linear layer keeps its weight as (in, out).
+    """
     if len(shape) == 4:
         return nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]))
     if len(shape) == 1:

@@ -5,6 +5,8 @@ import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 
+from trap2.errors import UserError
+
 LIBRARIES = ("trap2", "torch", "transformers", "peft", "safetensors", "datasets", "scikit-learn")
 
 
@@ -17,6 +19,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def installed(library: str) -> str:
+    """The version of a library.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return version(library)
+    except PackageNotFoundError as error:
+        raise UserError(f"{library} is not installed; pip install {library}") from error
 
 
 def machine() -> dict[str, str]:

@@ -119,6 +119,8 @@ class AttackResult(Record):
     the required share; `unconstrained_retained` is of the best mixture when partners do not matter.
     `evaluations` counts the model runs spent on it so far; runs made before are not made again.
     `interval` and `control_interval` are the 95 % intervals of `retained` over the test rows.
+    `tool` and `control_tool` say which library made the merge, where one did: its `name`, its
+    `version`, and what it was `told`.
     """
 
     name: str
@@ -137,6 +139,8 @@ class AttackResult(Record):
     evaluations: int = 0
     interval: Interval | None = None
     control_interval: Interval | None = None
+    tool: dict[str, str] = {}
+    control_tool: dict[str, str] = {}
 
 
 class FrontierPoint(Record):

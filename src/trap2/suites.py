@@ -247,9 +247,73 @@ RECOVERY_V1 = RecoverySuite(
 )
 """Every attacker who trains, with budgets from 30 rows and 30 steps up, beside distillation."""
 
+_T3 = {key: getattr(STANDARD_V1, key) for key in ("t3_values", "t3_starts", "t3_sweeps", "refine")}
+
+MERGEKIT_V1 = Suite(
+    name="mergekit-v1",
+    trials=(
+        Trial("mergekit_linear", SUM[::2], per_model=True),
+        Trial("mergekit_task_arithmetic", SUM[::2]),
+        Trial("mergekit_ties", MEAN, (("density", (0.2, 0.5, 1.0)),), per_model=True),
+        Trial("mergekit_dare_ties", SUM[::2], (("density", (0.1, 0.5)), ("seed", (0, 1)))),
+        Trial("mergekit_dare_linear", SUM[::2], (("density", (0.1, 0.5)), ("seed", (0, 1)))),
+        Trial("mergekit_breadcrumbs", SUM[::2], (("density", (0.15, 0.5)), ("gamma", (0.01,)))),
+        Trial(
+            "mergekit_breadcrumbs_ties", SUM[::2], (("density", (0.15, 0.5)), ("gamma", (0.01,)))
+        ),
+        Trial(
+            "mergekit_della",
+            MEAN,
+            (("density", (0.2, 0.5)), ("seed", (0,)), ("epsilon", (0.15,))),
+        ),
+        Trial(
+            "mergekit_della_linear",
+            SUM[::2],
+            (("density", (0.2, 0.5)), ("seed", (0,)), ("epsilon", (0.15,))),
+        ),
+        Trial("mergekit_slerp", WAY),
+        Trial("mergekit_nuslerp", WAY),
+        Trial("mergekit_multislerp", MEAN, per_model=True),
+        Trial("mergekit_karcher", MEAN),
+        Trial("mergekit_model_stock", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)),
+        Trial("mergekit_nearswap", SUM[::2], (("t", (1e-4, 1e-3)),)),
+        Trial("mergekit_arcee_fusion", SUM[::2]),
+        Trial("mergekit_sce", MEAN, (("select_topk", (0.2, 1.0)),)),
+        Trial("mergekit_ram", MEAN),
+        Trial("mergekit_ramplus_tl", MEAN, (("r", (0.1,)), ("alpha", (0.2,)))),
+    ),
+    **_T3,
+)
+"""Every method of mergekit that merges models of one base, made by mergekit itself."""
+
+PEFT_V1 = Suite(
+    name="peft-v1",
+    trials=(
+        Trial("peft_cat", SUM, per_model=True),
+        Trial("peft_linear", SUM, per_model=True),
+        Trial("peft_ties", MEAN, (("density", (0.2, 0.5, 1.0)),), per_model=True),
+        Trial("peft_dare_linear", SUM[::2], (("density", (0.1, 0.5)), ("seed", (0, 1)))),
+        Trial("peft_dare_ties", MEAN, (("density", (0.1, 0.5)), ("seed", (0, 1)))),
+        Trial("peft_magnitude_prune", SUM[::2], (("density", (0.2, 0.5)),)),
+        Trial("peft_svd", SUM[::2], (("rank", (0,)),)),
+        Trial("peft_ties_svd", MEAN, (("density", (0.2, 0.5, 1.0)), ("rank", (0,)))),
+        Trial(
+            "peft_dare_linear_svd",
+            SUM[::2],
+            (("density", (0.1, 0.5)), ("seed", (0, 1)), ("rank", (0,))),
+        ),
+        Trial(
+            "peft_dare_ties_svd", MEAN, (("density", (0.1, 0.5)), ("seed", (0, 1)), ("rank", (0,)))
+        ),
+        Trial("peft_magnitude_prune_svd", SUM[::2], (("density", (0.2, 0.5)), ("rank", (0,)))),
+    ),
+    **_T3,
+)
+"""Every combination type of peft's `add_weighted_adapter`; for LoRA releases."""
+
 AnySuite: TypeAlias = Suite | DataSuite | RecoverySuite
 SUITES: dict[str, AnySuite] = {
-    suite.name: suite for suite in (QUICK, STANDARD_V1, DATA_V1, RECOVERY_V1)
+    suite.name: suite for suite in (QUICK, STANDARD_V1, DATA_V1, RECOVERY_V1, MERGEKIT_V1, PEFT_V1)
 }
 
 

@@ -24,8 +24,9 @@ NEUTRAL |= {"strictness": 0.5, "votes": 2, "pull": 0.03}
 CHANGES_ONE = ("iso_c", "iso_cts", "pcb")
 """Attacks that by definition change a single model whatever their hyper-parameters are."""
 
-NAMES = [name for name in load_attacks() if not load_attacks().get(name).needs_data]
-"""Attacks on weights alone; those on rows have tests of their own."""
+ENTRIES = [load_attacks().get(name) for name in load_attacks()]
+NAMES = [entry.name for entry in ENTRIES if not entry.needs_data and entry.tool is None]
+"""Our own attacks on weights alone; those on rows and of other libraries are tested elsewhere."""
 
 TOKENS = torch.tensor([[1, 5, 9, 2], [1, 7, 3, 2]])
 

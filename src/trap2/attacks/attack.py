@@ -27,6 +27,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from trap2.attacks.tool import Tool
 from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector, Tensors
 from trap2.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ BUILT_IN = (
     *("dare_linear", "nuslerp", "lines", "layer_groups", "equal_norms", "consensus", "pcb", "wudi"),
     *("transforms", "by_depth"),
     *("regmean", "regmean_pp", "chain_of_merges", "fisher", "adamerging", "prodistill", "distac"),
+    *("peft_combinations", "mergekit_methods"),
 )
 """Modules of this package that register an attack when imported."""
 
@@ -82,6 +84,7 @@ class Attack:
         spread: Turns a shared coefficient into one coefficient per model.
         needs_data: Whether the function takes unlabelled rows of every model.
         parts: Coefficients per model, those of one model side by side.
+        tool: The library that makes its merges, where it is not our own code.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Attack:
     spread: Callable[[float, int], tuple[float, ...]] = equal
     needs_data: bool = False
     parts: int = 1
+    tool: Tool | None = None
 
     def shared(self, value: float, models: int) -> tuple[float, ...]:
         """All coefficients of so many models at one value of the shared coefficient."""
@@ -103,8 +107,8 @@ class Attack:
     @property
     def needs(self) -> tuple[str, ...]:
         """What the function takes beside updates, coefficients and what is tuned."""
-        keywords = _keywords(self.function)
-        return tuple(name for name in keywords if name not in self.grid)
+        own = tuple(name for name in _keywords(self.function) if name not in self.grid)
+        return own if self.tool is None else (*own, self.tool.name)
 
     def settings(self) -> Iterator[dict[str, Setting]]:
         """Every combination of the hyper-parameters in the grid; one empty one if there are none.
@@ -137,6 +141,7 @@ def attack(
     coefficients: tuple[float, ...] = COEFFICIENTS,
     spread: Callable[[float, int], tuple[float, ...]] = equal,
     parts: int = 1,
+    tool: Tool | None = None,
 ) -> Callable[[F], F]:
     """Register a merging function as an attack; the function itself stays as it is.
 
@@ -149,6 +154,7 @@ def attack(
         coefficients: The values to try for the shared coefficient.
         spread: Turns a shared coefficient into one coefficient per model.
         parts: Coefficients per model, for parts of the model.
+        tool: The library that makes its merges, where it is not the function itself.
 
     Raises:
         UserError: The name is taken, or grid and signature do not match.
@@ -169,6 +175,7 @@ def attack(
             spread=spread,
             needs_data="data" in keywords,
             parts=parts,
+            tool=tool,
         )
         ATTACKS.add(name, entry)
         return function

@@ -60,11 +60,14 @@ class TaskVector(Tensors):
     Attributes:
         serial: A number no other task vector of this process has, so that what is worked out
             from several of them can be remembered by their numbers.
+        update: The release that it is the update of, as it was released; None if it is of none.
     """
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, names: Iterable[str], read: Callable[[str], Tensor], update: Update | None = None
+    ) -> None:
         super().__init__(names, lambda name: read(name).float())
-        self.serial = next(_SERIALS)
+        self.serial, self.update = next(_SERIALS), update
         self._memory: dict[tuple[object, ...], tuple[tuple[object, ...], object]] = {}
 
     @classmethod
@@ -73,8 +76,12 @@ class TaskVector(Tensors):
         if isinstance(update, TaskVector):
             return update
         if isinstance(update, Update):
-            return cls(update.shared, update.delta)
+            return cls(update.shared, update.delta, update)
         return cls(update, update.__getitem__)
+
+    def held(self) -> "TaskVector":
+        """The same with all tensors in memory."""
+        return TaskVector(self, dict(self).__getitem__, self.update)
 
     def remember(
         self, key: tuple[object, ...], work: Callable[[], T], version: tuple[object, ...] = ()

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trap2.attacks.attack import common_base, load_attacks, merge
+from trap2.attacks.attack import Attack, common_base, load_attacks, merge
 from trap2.attacks.merged_adapter import check_adapter, write_adapter
 from trap2.attacks.merged_model import write_model
 from trap2.attacks.undo import undone
+from trap2.attacks.vectors import TaskVector
 from trap2.errors import UserError
 from trap2.files import nested, new_folder, read_json, refuse_existing, write_json
 from trap2.provenance import now, versions
@@ -55,8 +56,10 @@ def write_merge(
             "audit with it in attacker.data_attacks, or take another"
         )
     common_base(updates)
-    vectors = updates if undo is None else [undone(update, undo) for update in updates]
-    merged = merge(entry, vectors, coefficients, base=updates[0].base, **params)
+    opened = [TaskVector.of(u) if undo is None else undone(u, undo) for u in updates]
+    if entry.tool is not None:
+        entry.tool.check(opened)
+    merged = merge(entry, opened, coefficients, base=updates[0].base, **params)
     weights = (
         entry.shared(coefficients, len(updates))
         if isinstance(coefficients, int | float)
@@ -79,6 +82,7 @@ def write_merge(
             "attack": attack,
             "coefficients": list(weights),
             "params": dict(params),
+            **_told(entry, updates, weights, params),
             "undo": undo,
             "head": "of the release, not merged" if release.head else "none",
             "release": {"folder": release.folder.name, "digest": release.digest},
@@ -89,6 +93,16 @@ def write_merge(
         }
         write_json(folder / "merge.json", record)
     return out
+
+
+def _told(
+    entry: Attack, updates: Sequence[Update], weights: Sequence[float], params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Which library made the merge and what it was told, where one did."""
+    if entry.tool is None:
+        return {}
+    names = [update.folder.name for update in updates]
+    return {"tool": entry.tool.recorded(names, weights, params)}
 
 
 def recorded_base(release: Path) -> str:

@@ -88,7 +88,7 @@ class Member:
         self.update = Update.open(path, base)
         held = self.update.parameters <= HELD_PARAMETERS
         given = TaskVector.of(self.update) if undo is None else undone(self.update, undo)
-        self.vector = TaskVector.of(dict(given)) if held else given
+        self.vector = given.held() if held else given
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
         load_head(model, task, self.update.head, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trap2.attacks.attack import load_attacks
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Crew, Mixture, Split
 from trap2.auditing.attacker import Attacker, Catch
 from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
@@ -64,6 +65,7 @@ def audit(
     arena = Arena(spec, progress, ledger, crew)
     spec = arena.spec
     _check_rows(arena)
+    _check_tools(arena)
     attackers = {side: Attacker(arena, side) for side in arena.sides}
     _prepare(arena, attackers)
     progress.say("references and scale curves")
@@ -141,6 +143,16 @@ def _check_rows(arena: Arena) -> None:
             "raise validation_rows, give more rows, or lower relabel_rows"
         )
     check_budget(arena.spec.attacker, found)
+
+
+def _check_tools(arena: Arena) -> None:
+    """Libraries that are there and can merge these releases, before anything slow is done."""
+    tried = arena.spec.attacker
+    vectors = [member.vector for member in arena.members.values()]
+    for name in dict.fromkeys((*tried.attacks, *tried.t3_attacks, *tried.data_attacks)):
+        tool = load_attacks().get(name).tool
+        if tool is not None:
+            tool.check(vectors)
 
 
 def _prepare(arena: Arena, attackers: Mapping[str, Attacker]) -> None:
@@ -248,6 +260,8 @@ def _result(
         evaluations=catch.evaluations,
         interval=interval(retained[RELEASE][key]),
         control_interval=interval(retained[CONTROL][key]) if other else None,
+        tool=_tool(catch),
+        control_tool=_tool(other) if other else {},
     )
 
 
@@ -267,6 +281,14 @@ def _params(catch: Catch) -> dict[str, Any]:
         **{f"c[{n}]": _coefficient(mixture.of(n)) for n in mixture.members},
         **dict(mixture.params),
     }
+
+
+def _tool(catch: Catch) -> dict[str, str]:
+    """What another library was told, if one made the merge."""
+    tool, mixture = load_attacks().get(catch.attack).tool, catch.mixture
+    if tool is None:
+        return {}
+    return tool.recorded(mixture.members, mixture.coefficients, dict(mixture.params))
 
 
 def _coefficient(parts: tuple[float, ...]) -> float | str:

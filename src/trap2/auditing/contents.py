@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trap2.attacks import statistics
 from trap2.attacks.attack import load_attacks
+from trap2.attacks.tool import Tool
 from trap2.auditing.mixture import Mixture, Split
 from trap2.errors import UserError
 from trap2.files import file_digest
@@ -150,8 +151,10 @@ class Contents:
             "head": self._inputs["head", read],
             "rows": self._inputs["rows", read, split],
         }
-        needs_data = load_attacks().get(mixture.attack).needs_data
-        given = ["update", "head", "unlabelled"] if needs_data else ["update"]
+        attack = load_attacks().get(mixture.attack)
+        if attack.tool is not None:
+            inputs["tool"] = _tool(attack.tool)
+        given = ["update", "head", "unlabelled"] if attack.needs_data else ["update"]
         if self.recomputes and len(mixture.members) > 1:
             given = [*dict.fromkeys([*given, "unlabelled"])]
             inputs["statistics"] = _statistics()
@@ -188,7 +191,10 @@ class Contents:
 
     def places(self, attacks: Iterable[str]) -> dict[str, str]:
         """The digest of every input of an audit with these attacks, by place."""
-        codes = (_libraries(), _statistics(), _training_code(), *map(_code, attacks))
+        named = [*attacks]
+        codes = [_libraries(), _statistics(), _training_code(), *map(_code, named)]
+        tools = (load_attacks().get(name).tool for name in named)
+        codes += [_tool(tool) for tool in tools if tool is not None]
         return dict([self._base, *codes, *self._inputs.values()])
 
     @cached_property
@@ -254,6 +260,10 @@ def _pixels(image: Any) -> list[Any]:
 @cache
 def _libraries() -> Input:
     return "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+
+
+def _tool(tool: Tool) -> Input:
+    return f"the version of {tool.name}", f"{tool.name} {tool.version()}"
 
 
 @cache
