@@ -162,6 +162,19 @@ def test_mixtures_below_the_required_share_do_not_count():
     )
 
 
+def test_points_that_lie_close_are_drawn_with_room():
+    report = build_report(control=False)
+    flat = [p.model_copy(update={"loss": 1.7}) for p in report.scale_curve]
+    near = [p.model_copy(update={"partners_retained": 0.96}) for p in report.frontier]
+    tight = report.model_copy(update={"scale_curve": flat, "frontier": near})
+    low, high = plots.FIGURES["loss"](tight).figure.axes[0].get_ylim()
+    assert low == 0
+    assert high > 1.8
+    left, right = plots.FIGURES["frontier"](tight).figure.axes[0].get_xlim()
+    assert left <= 0.9
+    assert right >= 1.0
+
+
 def test_of_very_many_mixtures_some_are_drawn_and_the_best_is_still_named():
     report = mixtures(build_report())
     common, best = report.frontier[1], report.frontier[2]
