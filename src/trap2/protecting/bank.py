@@ -33,7 +33,7 @@ SHARES = (0.5, 0.75, 1.0)
 """Of the base's linear maps, how many a surrogate's adapter is on."""
 
 VALIDATION = 64
-"""Rows on which a surrogate is judged: nobody depends on how good it is."""
+"""Rows on which a surrogate is judged, of a pseudo-task its own: how good it is matters little."""
 
 
 def build_bank(
@@ -140,7 +140,7 @@ def _recipe(
         write_text(rows, table.getvalue())
         own = TaskSpec(
             name=rows.stem,
-            data=DataSpec(train=rows),
+            data=DataSpec(train=rows, validation=rows),
             classes=[f"class {c}" for c in range(len(made.descriptions))],
             descriptions=made.descriptions,
             max_length=recipe.max_length,

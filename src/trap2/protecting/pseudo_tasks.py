@@ -72,7 +72,10 @@ def pseudo_task(
 def _clusters(
     texts: Sequence[str], embeddings: Tensor, classes: int, drawn: torch.Generator
 ) -> PseudoTask:
-    centres = embeddings[_some(len(texts), classes, drawn)]
+    centres = embeddings[_some(len(texts), 1, drawn)]
+    for _ in range(classes - 1):  # far from those before, by k-means++
+        distance = (1 - embeddings @ centres.T).amin(1).clamp(min=1e-6)
+        centres = torch.cat([centres, embeddings[torch.multinomial(distance, 1, generator=drawn)]])
     for _ in range(ROUNDS):
         labels = (embeddings @ centres.T).argmax(1)
         means = [embeddings[labels == c].mean(0) for c in range(classes)]
