@@ -2,12 +2,12 @@
 
     TRAP2_DATA=/path/to/data python benchmarks/surrogates.py
 
-Makes a bank from the unlabelled rows of five other sets, protects `trec6` (LoRA) with the default
-trap, with the bank of 4, and with 16 partners made of it by transforms, and merges each release at
-c_T = 1 with plain fine-tunes of `agnews`, `sst2` and `subj`, which no bank has seen, at .2 to 1:
-one at a time, and all three. The attacker of tier T3 who ignores the partners' rule keeps the best
-of these. Writes `results/surrogates.json`. Releases, the bank and evaluations are kept in `--work`,
-so that a run that was cut short goes on where it was.
+Makes a bank of 4 from the unlabelled rows of five other sets and one from the labelled rows of four
+of them, protects `trec6` (LoRA) with the default trap, with each bank, and with 16 partners made of
+the first by transforms, and merges each release at c_T = 1 with plain fine-tunes of `agnews`,
+`sst2` and `subj`, which no bank has seen, at .2 to 1: one at a time, and all three. The attacker of
+tier T3 who ignores the partners' rule keeps the best of these. Writes `results/surrogates.json`.
+Releases, banks and evaluations are kept in `--work`, so that a run that was cut short goes on.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import first_bench
-from first_bench import PRECISION, RESULTS, SETTINGS, TASKS, make_release, task_section
+from first_bench import PRECISION, RESULTS, SETTINGS, STEPS, TASKS, make_release, task_section
 from trap2.auditing.arena import RELEASE, Arena
 from trap2.auditing.ledger import Ledger
 from trap2.auditing.mixture import Mixture
@@ -29,7 +28,6 @@ from trap2.demo.run import encoder_folder
 from trap2.errors import UserError
 from trap2.files import read_json, write_json, write_text
 from trap2.protecting.bank import build_bank
-from trap2.protecting.config import Trap2Config
 from trap2.provenance import machine, versions
 from trap2.recipes import AuditSpec, BankRecipe
 from trap2.tasks.relabel import relabelled_accuracy
@@ -38,11 +36,26 @@ PROTECTED = "trec6"
 SOURCES = ("cola", "sms_spam", "cr", "mpqa", "asdiv_type")
 """Sets whose unlabelled rows the bank is made from."""
 
-BANKS: dict[str, dict[str, Any]] = {"bank_4": {}, "bank_16": {"surrogate_count": 16}}
+LABELLED = {
+    "cola": ("not good English", "good English"),
+    "sms_spam": ("a message from a friend", "an advertisement, spam"),
+    "cr": ("a complaint about a product", "praise for a product"),
+    "mpqa": ("a negative opinion", "a positive opinion"),
+}
+"""Classes of the sets whose labelled rows a bank is made from."""
+
+BANKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bank_4": ("bank", {}),
+    "bank_16": ("bank", {"surrogate_count": 16}),
+    "labelled_4": ("labelled", {}),
+}
+"""Of each setting the bank's folder, and what else it sets."""
+
+EVERYTHING = ("control", "default", *BANKS)
 COEFFICIENTS = (0.2, 0.4, 0.6, 0.8, 1.0)
 RELABEL_ROWS = 300
-LONGEST = 600
-"""Steps of the bench's own schedule; with fewer, the trap's phases shrink with them."""
+SEED = 1
+BANK_STEPS = 150
 
 
 def main() -> None:
@@ -51,59 +64,32 @@ def main() -> None:
     data = Path(os.environ.get("TRAP2_DATA", "")) / "text"
     if not (data / PROTECTED).is_dir():
         sys.exit(f"TRAP2_DATA: no folder {data / PROTECTED}; set it to the folder with text/")
-    first_bench.STEPS = chosen.steps
-    bank = _bank(chosen, data)
-    names = {
-        "control": {},
-        "default": {},
-        **{n: {"surrogates": str(bank), **s} for n, s in BANKS.items()},
-    }
     out = RESULTS / "surrogates.json"
-    for name in [n for n in names if n in chosen.settings]:
-        SETTINGS[name] = {**_shortened(chosen.steps), **names[name]}
+    for name in chosen.settings:
         runs: dict[str, Any] = read_json(out)["runs"] if out.is_file() else {}
         if name not in runs:
+            folder, more = BANKS.get(name, ("", {}))
+            bank = {"surrogates": str(_bank(chosen, data, folder))} if folder else {}
+            SETTINGS[name] = {**bank, **more}
             runs[name] = _measured(chosen, data, name)
-            _write(out, {key: runs[key] for key in names if key in runs}, chosen, bank)
+            _write(out, {key: runs[key] for key in EVERYTHING if key in runs})
 
 
 def _arguments() -> argparse.Namespace:
     top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    everything = ["default", *BANKS, "control"]
-    top.add_argument("--settings", nargs="+", default=everything, choices=everything)
-    top.add_argument("--steps", type=int, default=LONGEST, help="of every release")
-    top.add_argument("--bank-steps", type=int, default=200, help="of every surrogate")
+    top.add_argument("--settings", nargs="+", default=EVERYTHING, choices=EVERYTHING)
     top.add_argument("--work", type=Path, default=Path("build/surrogates"))
     return top.parse_args()
 
 
-def _shortened(steps: int) -> dict[str, int]:
-    """The trap's phases in a run of so many steps."""
-    trap = Trap2Config()
-    return {
-        name: round(getattr(trap, name) * steps / LONGEST) for name in ("warmup", "ramp", "closing")
-    }
-
-
-def _bank(chosen: argparse.Namespace, data: Path) -> Path:
-    """The bank's folder, made if it is not there yet."""
-    out: Path = (chosen.work / "bank").absolute()
+def _bank(chosen: argparse.Namespace, data: Path, name: str) -> Path:
+    """A bank's folder, made if it is not there yet."""
+    out: Path = (chosen.work / name).absolute()
     if not (out / "bank.json").is_file():
-        table = io.StringIO()
-        rows = csv.writer(table)
-        rows.writerow(["text"])
-        for name in SOURCES:
-            with (data / name / "train.csv").open(newline="", encoding="utf-8") as stream:
-                rows.writerows(
-                    [row["text"]] for row in csv.DictReader(stream) if row["text"].strip()
-                )
-        texts = chosen.work.absolute() / "texts.csv"
-        chosen.work.mkdir(parents=True, exist_ok=True)
-        write_text(texts, table.getvalue())
-        training = {"steps": chosen.bank_steps, "evaluate_every": chosen.bank_steps}
+        training = {"steps": BANK_STEPS, "evaluate_every": BANK_STEPS}
         recipe = {
             "base": str(encoder_folder()),
-            "texts": {"train": str(texts)},
+            **(_labelled(data) if name == "labelled" else _unlabelled(chosen, data)),
             "count": 4,
             "training": {**training, "learning_rate": 1e-3, "precision": PRECISION},
         }
@@ -111,11 +97,41 @@ def _bank(chosen: argparse.Namespace, data: Path) -> Path:
     return out
 
 
+def _labelled(data: Path) -> dict[str, Any]:
+    return {
+        "tasks": [
+            {
+                "name": name,
+                "data": {"train": str(data / name / "train.csv")},
+                "classes": list(described),
+                "descriptions": list(described),
+                "max_length": 48,
+            }
+            for name, described in LABELLED.items()
+        ]
+    }
+
+
+def _unlabelled(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
+    table = io.StringIO()
+    rows = csv.writer(table)
+    rows.writerow(["text"])
+    for name in SOURCES:
+        with (data / name / "train.csv").open(newline="", encoding="utf-8") as stream:
+            rows.writerows([row["text"]] for row in csv.DictReader(stream) if row["text"].strip())
+    texts = chosen.work.absolute() / "texts.csv"
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    write_text(texts, table.getvalue())
+    return {"texts": {"train": str(texts)}}
+
+
 def _measured(chosen: argparse.Namespace, data: Path, setting: str) -> dict[str, Any]:
     """What is left of one release: alone, off its scale, and beside strangers."""
-    release = make_release(chosen.work, data, "lora", setting, PROTECTED, 0)
+    release = make_release(chosen.work, data, "lora", setting, PROTECTED, SEED)
     partners = [name for name in TASKS if name != PROTECTED]
-    made = {name: make_release(chosen.work, data, "lora", "control", name, 0) for name in partners}
+    made = {
+        name: make_release(chosen.work, data, "lora", "control", name, SEED) for name in partners
+    }
     spec = {
         "base": str(encoder_folder()),
         "release": {"path": str(release.absolute()), "task": task_section(data, PROTECTED)},
@@ -181,16 +197,15 @@ def figures(runs: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _write(out: Path, runs: dict[str, Any], chosen: argparse.Namespace, bank: Path) -> None:
+def _write(out: Path, runs: dict[str, Any]) -> None:
     record = {
         "figures": figures(runs),
-        "command": f"TRAP2_DATA=... python benchmarks/surrogates.py --steps {chosen.steps} "
-        f"--bank-steps {chosen.bank_steps}",
+        "command": "TRAP2_DATA=... python benchmarks/surrogates.py",
         "machine": machine(),
         "versions": versions(),
-        "steps": chosen.steps,
-        "phases": _shortened(chosen.steps),
-        "bank": read_json(bank / "bank.json")["surrogates"],
+        "steps": STEPS,
+        "bank_steps": BANK_STEPS,
+        "seed": SEED,
         "runs": runs,
     }
     write_json(out, record)
