@@ -457,7 +457,7 @@ def test_bad_input_ends_in_one_line_and_2_and_leaves_nothing(
 
 def test_a_bank_is_made_from_a_recipe_and_then_used_by_another(capsys, shelf, tmp_path):
     task = shelf.task("a", described=True)
-    training = {"steps": 1, "batch_size": 8, "evaluate_every": 1}
+    training = {"steps": 2, "batch_size": 8, "evaluate_every": 2}
     bank = {"base": str(shelf.base), "tasks": [task], "training": training}
     path, out = written(tmp_path, bank, "bank.yaml"), tmp_path / "bank"
     assert main(["surrogates", path, "--out", str(out), "--set", "count=1"]) == 0

@@ -27,9 +27,6 @@ from trap2.protecting.guard import Guard
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
 from trap2.protecting.surrogates import Mix, Surrogates
 
-APART = 100.0
-"""Between a merge and the update alone, so that no read-out is fitted on outputs of both."""
-
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -61,9 +58,8 @@ def trap_step(
     Args:
         nominal: Runs the user's own forward and backward; returns the loss.
         scaled: `scaled(part, place, factor)` runs forward and backward of `factor * trap` on the
-            rows of one part (of `config.scales_per_step`); returns the trap loss. The place is the
-            scale, or `APART` from it where partners stand beside the update. The factor holds the
-            trap's weight and what the chain rule asks of the loss.
+            rows of one part (of `config.scales_per_step`) and returns the trap loss. The place is
+            that of the `Mix`; the factor holds the trap's weight and the chain rule's.
         update: The update in training.
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
@@ -85,17 +81,13 @@ def trap_step(
     mixes = [surrogates.mix(step, *p) if surrogates else Mix(p[1]) for p in enumerate(scales)]
     traps = []
     for part, mix in enumerate(mixes):
-        factor = strength * law.weight(mix.s) / len(mixes)
-        with ExitStack() as stack:
-            stack.enter_context(replay())
+        with replay(), ExitStack() as stack:
             added = surrogates.added(mix) if surrogates else ()
             chain = stack.enter_context(update.at(mix.s, added))
             stack.enter_context(frozen_statistics(update.model))
-            if cap:
-                stack.enter_context(cap.holding())
-            if guard:
-                stack.enter_context(guard.watch())
-            trap = scaled(part, mix.s + APART * bool(mix.partners), factor * chain)
+            stack.enter_context(cap.holding() if cap else nullcontext())
+            stack.enter_context(guard.watch() if guard else nullcontext())
+            trap = scaled(part, mix.place, strength * law.weight(mix.s) / len(mixes) * chain)
         if guard is None or guard.sound:
             traps.append(_finite(trap, "trap loss", step))
     mean = sum(traps) / len(traps) if traps else None

@@ -33,6 +33,7 @@ from trap2.update import Factors, Update
 SCALES = (0.6, 1.2)
 COEFFICIENTS = (0.2, 1.0)
 MOST_AT_ONCE = 3
+APART = 100.0
 TRANSFORMS = ("flipped", "moved", "mixed")
 
 
@@ -47,6 +48,11 @@ class Mix:
 
     s: float
     partners: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def place(self) -> float:
+        """The scale, far from all others in a merge: no read-out is fitted on outputs of both."""
+        return self.s + APART * bool(self.partners)
 
 
 @dataclass(frozen=True)
