@@ -2,12 +2,12 @@
 
     TRAP2_DATA=/path/to/data python benchmarks/surrogates.py
 
-Makes a bank of 4 from the unlabelled rows of five other sets and one from the labelled rows of four
-of them, protects `trec6` (LoRA) with the default trap, with each bank, and with 16 partners made of
-the first by transforms, and merges each release at c_T = 1 with plain fine-tunes of `agnews`,
-`sst2` and `subj`, which no bank has seen, at .2 to 1: one at a time, and all three. The attacker of
-tier T3 who ignores the partners' rule keeps the best of these. Writes `results/surrogates.json`.
-Releases, banks and evaluations are kept in `--work`, so that a run that was cut short goes on.
+Makes a bank of 4 from the unlabelled rows of five other sets, protects `trec6` (LoRA) with the
+default trap, with the bank, and with 16 partners made of it by transforms, and merges each release
+at c_T = 1 with plain fine-tunes of `agnews`, `sst2` and `subj`, which no bank has seen, at .2 to 1:
+one at a time, and all three. The attacker of tier T3 who ignores the partners' rule keeps the best
+of these. Writes `results/surrogates.json`. Releases, the bank and evaluations are kept in `--work`,
+so that a run that was cut short goes on where it was.
 """
 
 import argparse
@@ -36,21 +36,7 @@ PROTECTED = "trec6"
 SOURCES = ("cola", "sms_spam", "cr", "mpqa", "asdiv_type")
 """Sets whose unlabelled rows the bank is made from."""
 
-LABELLED = {
-    "cola": ("not good English", "good English"),
-    "sms_spam": ("a message from a friend", "an advertisement, spam"),
-    "cr": ("a complaint about a product", "praise for a product"),
-    "mpqa": ("a negative opinion", "a positive opinion"),
-}
-"""Classes of the sets whose labelled rows a bank is made from."""
-
-BANKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bank_4": ("bank", {}),
-    "bank_16": ("bank", {"surrogate_count": 16}),
-    "labelled_4": ("labelled", {}),
-}
-"""Of each setting the bank's folder, and what else it sets."""
-
+BANKS: dict[str, dict[str, Any]] = {"bank_4": {}, "bank_16": {"surrogate_count": 16}}
 EVERYTHING = ("control", "default", *BANKS)
 COEFFICIENTS = (0.2, 0.4, 0.6, 0.8, 1.0)
 RELABEL_ROWS = 300
@@ -68,9 +54,8 @@ def main() -> None:
     for name in chosen.settings:
         runs: dict[str, Any] = read_json(out)["runs"] if out.is_file() else {}
         if name not in runs:
-            folder, more = BANKS.get(name, ("", {}))
-            bank = {"surrogates": str(_bank(chosen, data, folder))} if folder else {}
-            SETTINGS[name] = {**bank, **more}
+            if name in BANKS:
+                SETTINGS[name] = {"surrogates": str(_bank(chosen, data)), **BANKS[name]}
             runs[name] = _measured(chosen, data, name)
             _write(out, {key: runs[key] for key in EVERYTHING if key in runs})
 
@@ -82,34 +67,19 @@ def _arguments() -> argparse.Namespace:
     return top.parse_args()
 
 
-def _bank(chosen: argparse.Namespace, data: Path, name: str) -> Path:
-    """A bank's folder, made if it is not there yet."""
-    out: Path = (chosen.work / name).absolute()
+def _bank(chosen: argparse.Namespace, data: Path) -> Path:
+    """The bank's folder, made if it is not there yet."""
+    out: Path = (chosen.work / "bank").absolute()
     if not (out / "bank.json").is_file():
         training = {"steps": BANK_STEPS, "evaluate_every": BANK_STEPS}
         recipe = {
             "base": str(encoder_folder()),
-            **(_labelled(data) if name == "labelled" else _unlabelled(chosen, data)),
+            **_unlabelled(chosen, data),
             "count": 4,
             "training": {**training, "learning_rate": 1e-3, "precision": PRECISION},
         }
         build_bank(BankRecipe.model_validate(recipe), out)
     return out
-
-
-def _labelled(data: Path) -> dict[str, Any]:
-    return {
-        "tasks": [
-            {
-                "name": name,
-                "data": {"train": str(data / name / "train.csv")},
-                "classes": list(described),
-                "descriptions": list(described),
-                "max_length": 48,
-            }
-            for name, described in LABELLED.items()
-        ]
-    }
 
 
 def _unlabelled(chosen: argparse.Namespace, data: Path) -> dict[str, Any]:
