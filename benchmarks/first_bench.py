@@ -3,9 +3,9 @@
     TRAP2_DATA=/path/to/data python benchmarks/first_bench.py
 
 Fine-tunes MiniLM on `trec6`, `agnews`, `sst2`, `subj`, plainly (the control, and the partner of the
-others) and with each setting of the trap, audits every protected release, measures the cost of a
-step, and writes `results/first_bench.json` and `.md`. Finished audits in the JSON are kept, so a
-run can be cut short and gone on with; `--tasks`, `--settings`, `--methods` and `--seeds` choose.
+others) and with each setting of the trap, audits every protected release, and writes
+`results/first_bench.json` and `.md`. Finished audits in the JSON are kept, so a run can be cut
+short and gone on with; `--tasks`, `--settings`, `--methods` and `--seeds` choose.
 Processes on different tasks may share the results: each adds its runs to what it finds there.
 Slow on purpose: about an hour per method, setting and seed on two cores.
 """
@@ -14,13 +14,12 @@ import argparse
 import os
 import statistics
 import sys
-import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from trap2.auditing.audit import audit
@@ -30,16 +29,14 @@ from trap2.errors import UserError
 from trap2.files import read_json, write_json, write_text
 from trap2.progress import audit_bar
 from trap2.protecting.config import Trap2Config
-from trap2.protecting.protector import Protector
-from trap2.protecting.run import EncodedRows, protect
-from trap2.protecting.trainable import trainable
+from trap2.protecting.run import protect
 from trap2.provenance import machine, versions
 from trap2.recipes import AuditSpec, Recipe, load
 from trap2.schema import Report
-from trap2.tasks.data import load_rows
-from trap2.tasks.model import Inputs, base_folder, build, load_encoder
 
 RESULTS = Path(__file__).parent.parent / "results"
+STEP_COST = RESULTS / "step_cost.json"
+"""What `step_cost.py` measured."""
 
 TASKS: dict[str, dict[str, str]] = {
     "trec6": {
@@ -107,21 +104,15 @@ def main() -> None:
     plan = product(chosen.methods, chosen.seeds, chosen.settings, chosen.tasks)
     for method, seed, setting, task in plan:
         key = f"{method}/{setting}/{task}/{seed}"
-        if key not in known(out)[0]:
-            summary = _summary(_run(chosen.work, data, method, setting, task, seed))
-            runs, cost = known(out)
-            write_results(out, {**runs, key: summary}, cost)
-    for method in chosen.methods:
-        if method not in known(out)[1]:
-            measured = step_cost(data, method, chosen.work)
-            runs, cost = known(out)
-            write_results(out, runs, {**cost, method: measured})
+        if key not in known(out):
+            summary = summary_of(audited(TEXT, chosen.work, data, method, setting, task, seed))
+            write_results(out, {**known(out), key: summary}, TEXT, "lora/default")
 
 
-def known(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The runs and step costs that the results file holds."""
-    record = read_json(out) if out.is_file() else {"runs": {}, "step_cost": {}}
-    return record["runs"], record["step_cost"]
+def known(out: Path) -> dict[str, Any]:
+    """The runs that the results file holds."""
+    runs: dict[str, Any] = read_json(out)["runs"] if out.is_file() else {}
+    return runs
 
 
 def _arguments() -> argparse.Namespace:
@@ -149,21 +140,52 @@ def task_section(data: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _recipe(
-    work: Path, data: Path, method: str, setting: str, task: str, seed: int
+@dataclass(frozen=True)
+class Bench:
+    """Tasks on one base, each protected in turn with the others as partners.
+
+    Attributes:
+        base: Folder of the base, by the folder of the data.
+        tasks: Their names.
+        section: A task as recipes and audits name it, by the folder of the data and its name.
+        training: The recipe's section by method.
+        attacker: The audit's section.
+        command: What runs it.
+    """
+
+    base: Callable[[Path], Path]
+    tasks: tuple[str, ...]
+    section: Callable[[Path, str], dict[str, Any]]
+    training: dict[str, dict[str, Any]]
+    attacker: dict[str, Any]
+    command: str
+
+
+TEXT = Bench(
+    base=lambda data: encoder_folder(),
+    tasks=tuple(TASKS),
+    section=task_section,
+    training={
+        method: {"steps": STEPS, "learning_rate": rate, "precision": PRECISION}
+        for method, rate in LEARNING_RATE.items()
+    },
+    attacker=ATTACKER,
+    command="TRAP2_DATA=... python benchmarks/first_bench.py",
+)
+
+
+def recipe_of(
+    bench: Bench, work: Path, data: Path, method: str, setting: str, task: str, seed: int
 ) -> tuple[Recipe, Path]:
+    """The recipe of one release, written down, and the release's folder."""
     name = f"{method}-{setting}-{task}-{seed}"
     path = work / "recipes" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "base": str(encoder_folder()),
-        "task": task_section(data, task),
+        "base": str(bench.base(data)),
+        "task": bench.section(data, task),
         "method": method,
-        "training": {
-            "steps": STEPS,
-            "learning_rate": LEARNING_RATE[method],
-            "precision": PRECISION,
-        },
+        "training": bench.training[method],
         "trap2": {"strength": 0} if setting == "control" else SETTINGS[setting],
         "seed": seed,
     }
@@ -171,27 +193,36 @@ def _recipe(
     return load(Recipe, path), work / "releases" / name
 
 
-def make_release(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Path:
+def make_release(
+    work: Path, data: Path, method: str, setting: str, task: str, seed: int, bench: Bench = TEXT
+) -> Path:
     """Folder of one release, trained if it is not there yet."""
-    recipe, out = _recipe(work, data, method, setting, task, seed)
+    recipe, out = recipe_of(bench, work, data, method, setting, task, seed)
     if not (out / "trap2.json").is_file():
         protect(recipe, out, overwrite=True)
     return out
 
 
-def _run(work: Path, data: Path, method: str, setting: str, task: str, seed: int) -> Report:
-    others = [name for name in TASKS if name != task]
-    release = make_release(work, data, method, setting, task, seed)
-    controls = {n: make_release(work, data, method, "control", n, seed) for n in TASKS}
+def audited(
+    bench: Bench, work: Path, data: Path, method: str, setting: str, task: str, seed: int
+) -> Report:
+    """The audit of one protected release; what is missing for it is trained."""
+
+    def made(name: str, kind: str) -> Path:
+        return make_release(work, data, method, kind, name, seed, bench).absolute()
+
+    release = made(task, setting)
+    controls = {name: str(made(name, "control")) for name in bench.tasks}
     content = {
-        "base": str(encoder_folder()),
-        "release": {"path": str(release.absolute()), "task": task_section(data, task)},
-        "control": str(controls[task].absolute()),
+        "base": str(bench.base(data)),
+        "release": {"path": str(release), "task": bench.section(data, task)},
+        "control": controls[task],
         "partners": [
-            {"path": str(controls[name].absolute()), "task": task_section(data, name)}
-            for name in others
+            {"path": controls[name], "task": bench.section(data, name)}
+            for name in bench.tasks
+            if name != task
         ],
-        "attacker": ATTACKER,
+        "attacker": bench.attacker,
         "seed": seed,
     }
     path = work / "audits" / f"{release.name}.yaml"
@@ -204,7 +235,7 @@ def _run(work: Path, data: Path, method: str, setting: str, task: str, seed: int
     return report
 
 
-def _summary(report: Report) -> dict[str, Any]:
+def summary_of(report: Report) -> dict[str, Any]:
     """What the table and the figures need of one audit."""
     record = report.model_dump(mode="json")
     kept = ("references", "utility_cost", "scale_curve", "tiers", "rows", "versions", "seconds")
@@ -218,34 +249,9 @@ def _summary(report: Report) -> dict[str, Any]:
     }
 
 
-def step_cost(data: Path, method: str, work: Path, repeats: int = 15) -> dict[str, Any]:
-    """Seconds of a plain and of a protected step on the same batches, alternating, medians."""
-    recipe, _ = _recipe(work, data, method, "default", "trec6", 0)
-    base = base_folder(recipe.base)
-    inputs = Inputs(base, recipe.task)
-    torch.manual_seed(0)
-    model = trainable(build(base, recipe.task, load_encoder(base), inputs), recipe).train()
-    rows = EncodedRows(inputs, load_rows(recipe.task, "train"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    started = Trap2Config(warmup=0, ramp=0)
-    protectors = {
-        "plain": Protector(model, Trap2Config(strength=0)),
-        "protected": Protector(model, started),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in protectors}
-    for repeat in range(repeats + 2):
-        batch = rows.collate([rows[32 * repeat + i] for i in range(32)])
-        for name, protector in protectors.items():
-            start = time.perf_counter()
-            protector.backward(batch)
-            optimizer.step()
-            optimizer.zero_grad()
-            if repeat >= 2:  # the first ones warm up caches
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["plain"], seconds["protected"], strict=True)]
-    return {**medians, "ratio": statistics.median(ratios), "repeats": repeats, "batch": 32}
-
+NOTE = "All in per cent; U is unmergeability, 100 = no merge that counts keeps any skill; R is the "
+NOTE += "share of the skill that the best merge keeps if partners do not matter. In brackets 95 % "
+NOTE += "intervals over test rows, where a run has them. "
 
 CONTROL, IGNORING = "control_retained", "unconstrained_retained"
 
@@ -255,12 +261,12 @@ def _kept(run: dict[str, Any], tier: str, rows: int, key: str = "retained") -> f
     return max(a[key] for a in run["attacks"] if a["tier"] == tier and a["relabel_rows"] == rows)
 
 
-def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
-    """The named numbers: LoRA, default setting, averaged over seeds before the worst is taken."""
+def figures(runs: dict[str, Any], of: str) -> dict[str, float]:
+    """The named numbers of a method and setting, over seeds before the worst task is taken."""
     mine: dict[str, list[dict[str, Any]]] = {}
     for key, run in runs.items():
         method, setting, task, _ = key.split("/")
-        if (method, setting) == ("lora", "default"):
+        if f"{method}/{setting}" == of:
             mine.setdefault(task, []).append(run)
     if not mine:
         return {}
@@ -286,7 +292,7 @@ def figures(runs: dict[str, Any], cost: dict[str, Any]) -> dict[str, float]:
         "t3_unmergeability_mean": statistics.mean(
             per_task(lambda run: run["tiers"]["T3"]["unmergeability"])
         ),
-    } | ({"step_cost_ratio": cost["lora"]["ratio"]} if "lora" in cost else {})
+    }
 
 
 def table(runs: dict[str, Any]) -> str:
@@ -321,28 +327,24 @@ def _within(interval: list[float] | None) -> str:
     return f" ({low:.1f} to {high:.1f})"
 
 
-def write_results(out: Path, runs: dict[str, Any], cost: dict[str, Any]) -> None:
-    """The JSON and its table, whole or absent."""
+def write_results(out: Path, runs: dict[str, Any], bench: Bench, of: str) -> None:
+    """The JSON and its table, whole or absent; the figures are of one method and setting."""
     seeds = sorted({int(key.split("/")[3]) for key in runs})
+    cost = read_json(STEP_COST)["figures"]["time_ratio_lora"]
     record = {
-        "figures": figures(runs, cost),
-        "command": "TRAP2_DATA=... python benchmarks/first_bench.py",
+        "figures": figures(runs, of) | ({"step_cost_ratio": cost} if bench is TEXT else {}),
+        "command": bench.command,
         "machine": machine(),
         "versions": versions(),
         "seeds": seeds,
         "steps": STEPS,
         "setting": asdict(Trap2Config()),
-        "attacker": ATTACKER,
-        "step_cost": cost,
+        "attacker": bench.attacker,
         "runs": runs,
     }
-    out.parent.mkdir(exist_ok=True)
     write_json(out, record)
-    note = "All in per cent; U is unmergeability, 100 = no merge that counts keeps any skill; "
-    note += "R is the share of the skill that the best merge keeps if partners do not matter. "
-    note += "In brackets 95 % intervals over test rows, where a run has them. "
-    note += f"`{record['command']}`, {len(runs)} runs.\n\n"
-    write_text(out.with_suffix(".md"), note + table(runs))
+    source = f"`{record['command']}`, {len(runs)} runs.\n\n"
+    write_text(out.with_suffix(".md"), NOTE + source + table(runs))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What undoing a hidden basis gives an attacker: merges of a control that rivals have hidden.
 
-    PYTHONPATH=tests TRAP2_DATA=/path/to/data python benchmarks/undo.py
+    PYTHONPATH=tests/attacks TRAP2_DATA=/path/to/data python benchmarks/undo.py
 
 Takes the controls of `first_bench.py` (`--releases`), merges the adapter of `trec6` into its base,
 hides it as rivals do (`tests/attacks/hiding.py`), and merges it with the other three by task
@@ -17,8 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from attacks.hiding import RIVALS, hide_folder
-from first_bench import RESULTS, TASKS, _task
+from hiding import RIVALS, hide_folder
+
+from first_bench import RESULTS, TASKS, task_section
 from trap2.attacks.write import write_merge
 from trap2.auditing.arena import RELEASE, Arena, Mixture
 from trap2.demo.run import encoder_folder
@@ -55,7 +56,7 @@ def main() -> None:
                 found[key] = measured(data, chosen.releases, place, undo, chosen.rows, adapter)
                 print(key, found[key])
     record = {
-        "command": "PYTHONPATH=tests TRAP2_DATA=... python benchmarks/undo.py",
+        "command": "PYTHONPATH=tests/attacks TRAP2_DATA=... python benchmarks/undo.py",
         "machine": machine(),
         "versions": versions(),
         "hidden": f"lora-control-{HIDDEN}-0, merged into its base",
@@ -76,9 +77,9 @@ def measured(
     others = [name for name in TASKS if name != HIDDEN]
     content = {
         "base": str(encoder_folder()),
-        "release": {"path": str(place), "task": _task(data, HIDDEN)},
+        "release": {"path": str(place), "task": task_section(data, HIDDEN)},
         "partners": [
-            {"path": str(releases / f"lora-control-{name}-0"), "task": _task(data, name)}
+            {"path": str(releases / f"lora-control-{name}-0"), "task": task_section(data, name)}
             for name in others
         ],
         "attacker": {"suite": "quick", "undo": undo, "validation_rows": 10, "test_rows": rows},

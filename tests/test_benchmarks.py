@@ -1,8 +1,10 @@
-"""The benchmark of all attacks, on pico releases: resumable, complete, and true to its audits."""
+"""The benchmarks: all import; that of all attacks, on pico releases, resumes and is complete."""
 
 import importlib.util
 import json
+import statistics
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,16 +14,43 @@ from trap2.attacks.attack import load_attacks
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def bench(pico_base):
-    """The benchmark's module, with one set of pico releases."""
+def _loaded(name: str) -> ModuleType:
     monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(Path(__file__).parent / "attacks")  # as the command of undo.py does
     monkeypatch.syspath_prepend(BENCHMARKS)
-    # Not by its name: that is also a folder of tests.
-    spec = importlib.util.spec_from_file_location("attacks_bench", BENCHMARKS / "attacks.py")
+    # Not by its name: that may also be a folder of tests.
+    spec = importlib.util.spec_from_file_location(f"{name}_bench", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.undo()
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_imports_and_says_how_it_is_run(path):
+    module = _loaded(path.stem)
+    assert callable(module.main)
+    assert f"python benchmarks/{path.name}" in str(module.__doc__)
+
+
+@pytest.mark.parametrize(("name", "bench"), [("first_bench", "TEXT")])
+def test_figures_and_table_of_a_bench_are_those_of_its_runs(name, bench):
+    module = _loaded("first_bench")
+    record = json.loads((BENCHMARKS.parent / "results" / f"{name}.json").read_text())
+    runs = record["runs"]
+    assert record["attacker"] == getattr(module, bench).attacker
+    assert record["figures"].items() >= module.figures(runs, "lora/default").items()
+    mine = {k: r for k, r in runs.items() if k.startswith("lora/default/subj/")}
+    cost = statistics.mean(r["utility_cost"] for r in mine.values())
+    assert module.figures(mine, "lora/default")["utility_cost_max"] == pytest.approx(cost)
+    written = (BENCHMARKS.parent / "results" / f"{name}.md").read_text()
+    assert written.endswith(module.table(runs))
+
+
+@pytest.fixture(scope="module")
+def bench(pico_base):
+    """The benchmark's module, with one set of pico releases."""
+    module = _loaded("attacks")
     shelf = stock(pico_base)
     pico = {k: v for k, v in shelf.audit("lora").items() if k not in ("attacker", "scales", "seed")}
     module.QUADRUPLES = {"pico": lambda chosen: pico}

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +12,7 @@ def test_parts_cover_the_used_rows_and_none_is_empty(rows: int, fraction: float,
     batch = {"x": torch.arange(rows), "labels": torch.arange(rows) * 10}
     parts = [part_of(batch, fraction, part, n) for part in range(n)]
     seen = [part["x"].tolist() for part in parts]
-    used = math.ceil(fraction * rows)
+    used = max(1, round(fraction * rows))
     assert all(seen)
     assert {row for rows_ in seen for row in rows_} == set(range(used))
     for part in parts:
@@ -23,6 +21,11 @@ def test_parts_cover_the_used_rows_and_none_is_empty(rows: int, fraction: float,
         sizes = [len(rows_) for rows_ in seen]
         assert sum(sizes) == used
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_fifth_of_the_usual_batches() -> None:
+    sizes = {n: len(part_of({"x": torch.ones(n)}, 0.2, 0, 1)["x"]) for n in (1, 2, 8, 16, 32, 64)}
+    assert sizes == {1: 1, 2: 1, 8: 2, 16: 3, 32: 6, 64: 13}
 
 
 @given(
@@ -34,7 +37,7 @@ def test_rows_keep_shape_and_type(dtype: torch.dtype, tail: list[int], rows: int
     tensor = torch.randint(0, 2, (rows, *tail)).to(dtype)
     part = part_of({"x": tensor}, 0.5, 0, 1)["x"]
     assert part.dtype == dtype
-    assert torch.equal(part, tensor[: math.ceil(rows / 2)])
+    assert torch.equal(part, tensor[: max(1, round(rows / 2))])
 
 
 @given(st.integers(1, 9), st.floats(0.01, 1.0), st.integers(1, 4))
@@ -49,7 +52,7 @@ def test_pairs_stay_together(pairs: int, fraction: float, n: int) -> None:
         assert torch.equal(second, first + 100)
         assert torch.equal(sliced["margin"], first * 10)
         seen += first.tolist()
-    assert set(seen) == set(range(math.ceil(fraction * pairs)))
+    assert set(seen) == set(range(max(1, round(fraction * pairs))))
 
 
 def test_what_is_not_a_tensor_of_rows_is_passed_on_whole() -> None:

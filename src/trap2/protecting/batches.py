@@ -1,6 +1,5 @@
 """Rows of a batch: which of them the trap pass sees."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,14 +30,14 @@ def part_of(
 
     Args:
         batch: Tensors whose first dimension is the rows; anything else is passed on whole.
-        fraction: Share of the rows in use, in (0, 1].
+        fraction: Share of the rows in use, in (0, 1], to the nearest row and at least one.
         part: Which slice.
         parts: How many slices.
         stacked: 2 if the batch holds pairs, all the chosen rows and then all the rejected ones: a
             slice then holds both halves of its pairs.
     """
     rows = batch_rows(batch) // stacked
-    used = max(1, math.ceil(fraction * rows))
+    used = max(1, round(fraction * rows))
     start = min(part * used // parts, used - 1)
     stop = max(start + 1, (part + 1) * used // parts)
 

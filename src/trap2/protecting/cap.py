@@ -66,6 +66,7 @@ class Cap:
         self._squares[place] = self._squares.get(place, grad.new_zeros(())) + _square(grad)
 
     def _held(self, place: int, grad: Tensor) -> Tensor:
+        grad = grad.coalesce() if grad.is_sparse else grad
         own = self._squares.get(place)
         if own is None:  # the task does not move it, so the trap must not either
             return torch.zeros_like(grad)
@@ -80,5 +81,6 @@ def _at(place: int, act: Callable[[int, Tensor], Tensor | None]) -> Callable[[Te
 def _square(grad: Tensor) -> Tensor:
     """Squared norm, in float32 at least: a half would overflow."""
     wide = torch.promote_types(grad.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(grad, dtype=wide)
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
     return norm.square()

@@ -4,7 +4,7 @@ Symbols: n rows at hand, all at scale s; k_i weight of a remembered row i, seen 
 
     k_i = exp(-(s_i - s)^2 / (2 WIDTH^2))
 
-A linear map of few outputs explains any few labels: with seven rows of six classes there is nothing
+A linear map of few outputs explains any few labels: with six rows of six classes there is nothing
 to learn from. So the map is fitted on the rows at hand and on what earlier passes gave at scales
 like this one. Remembered rows are constants. The gradient flows through the rows at hand alone and
 is multiplied by (n + sum k) / n: per row it is then what a batch of all of them would have given.

@@ -7,7 +7,7 @@ the backward pass runs inside too. The map is element-wise: of a sharded paramet
 scales its own shard. Adapters that no parameter scales are scaled by `outputs.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trap2.errors import UserError
 from trap2.naming import is_head
+from trap2.protecting.lookups import sparse_lookups
 from trap2.protecting.outputs import ScaledOutputs
 from trap2.protecting.preflight import check
 from trap2.protecting.tuners import TOKENS, Adapter, inner_name
@@ -80,11 +81,21 @@ class LiveUpdate:
         """Where the update lies."""
         return self.parameters[0].device
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether the update is added to the base's own weights, which may then be others."""
+        return self._outputs is None
+
     @contextmanager
-    def at(self, s: float) -> Iterator[float]:
+    def at(self, s: float, added: Iterable[tuple[nn.Parameter, Tensor]] = ()) -> Iterator[float]:
         """The model with its update at scale s.
 
         Run forward and backward inside. On leaving, every parameter is bit-identical to before.
+
+        Args:
+            s: The scale.
+            added: What to add to weights beside it, as partners in a merge would: not scaled, and
+                constants to the gradient.
 
         Yields:
             What to multiply a loss by before its backward pass: gradients then include the
@@ -103,8 +114,12 @@ class LiveUpdate:
                     value = local(item.parameter)
                     scaled = value * s if item.origin is None else item.origin.lerp(value, s)
                     stack.callback(_hold(item.parameter, scaled))
+                for parameter, delta in added:
+                    mixed = (parameter.to(delta.dtype) + delta).to(parameter.dtype)
+                    stack.callback(_hold(parameter, mixed))
             for parameter in others if most else ours:
                 stack.callback(_multiplied(parameter, 1 / s if most else s))
+            stack.enter_context(sparse_lookups(self.model))
             torch.clear_autocast_cache()
             if self._outputs is not None:
                 stack.enter_context(self._outputs.at(s))
