@@ -27,6 +27,7 @@ from trap2.schema import Report
 
 SURFACE = {
     "protect": ["recipe", "--out", "--set", "--overwrite", "--resume"],
+    "surrogates": ["recipe", "--out", "--set", "--overwrite"],
     "sweep": ["release", "--recipe", "--scales", "--split", "--rows"],
     "attack": [
         *("name", "--release", "--partners", "--base", "--coefficient", "--coefficients"),
@@ -454,6 +455,21 @@ def test_bad_input_ends_in_one_line_and_2_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_bank_is_made_from_a_recipe_and_then_used_by_another(capsys, shelf, tmp_path):
+    task = shelf.task("a", described=True)
+    training = {"steps": 2, "batch_size": 8, "evaluate_every": 2}
+    bank = {"base": str(shelf.base), "tasks": [task], "training": training}
+    path, out = written(tmp_path, bank, "bank.yaml"), tmp_path / "bank"
+    assert main(["surrogates", path, "--out", str(out), "--set", "count=1"]) == 0
+    assert capsys.readouterr().out.endswith(f"bank: {out}\n")
+    assert main(["surrogates", path, "--out", str(out)]) == 2
+    assert f"{out} exists already; pass --overwrite" in in_one_line(capsys.readouterr().err)
+    recipe = pico.recipe(shelf.base, shelf.task("b", described=True), steps=2, surrogates="bank")
+    path = written(tmp_path, recipe, "recipe.yaml")
+    assert main(["protect", path, "--out", str(tmp_path / "release")]) == 0
+    assert json.loads((tmp_path / "release/trap2.json").read_text())["surrogates"] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -462,7 +478,7 @@ def test_bad_input_ends_in_one_line_and_2_and_leaves_nothing(
         ("- a", "holds no settings; start from the examples"),
     ],
 )
-@pytest.mark.parametrize("command", ["audit", "protect", "sweep"])
+@pytest.mark.parametrize("command", ["audit", "protect", "surrogates", "sweep"])
 def test_a_file_that_holds_no_settings_is_refused(capsys, tmp_path, command, content, message):
     path = tmp_path / "settings.yaml"
     if content is not None:

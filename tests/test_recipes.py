@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import pico
 from trap2.errors import UserError
 from trap2.protecting.config import Trap2Config
-from trap2.recipes import AuditSpec, LoraSpec, Recipe, TrainingSpec, config_from, load
+from trap2.recipes import AuditSpec, BankRecipe, LoraSpec, Recipe, TrainingSpec, config_from, load
 
 TASK: dict[str, Any] = {"name": "t", "data": {"train": "train.csv"}, "classes": ["a", "b"]}
 RECIPE: dict[str, Any] = {"base": "base", "task": TASK}
@@ -344,3 +344,38 @@ def test_no_content_ends_in_anything_but_one_line(
         with pytest.raises(UserError) as caught:
             load(kind, path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "settings: no rows to train on; give texts, with kinds, or tasks"),
+        (
+            {"texts": {"train": "t.csv"}, "kinds": []},
+            "settings: no rows to train on; give texts, with kinds, or tasks",
+        ),
+        (
+            {"texts": {"train": "t.csv"}, "tasks": [TASK | {"name": "words"}]},
+            "settings: kinds and task names must differ, got clusters, words, shuffled, words",
+        ),
+        (
+            {"tasks": [TASK], "cuont": 3},
+            "unknown key 'cuont'; did you mean 'count'? known: base, texts, kinds, tasks, count, "
+            "rows, max_length, training, seed",
+        ),
+    ],
+)
+def test_a_bank_without_rows_or_with_names_that_clash_is_refused(
+    tmp_path: Path, content: dict[str, Any], message: str
+) -> None:
+    path = pico.write_yaml(tmp_path / "bank.yaml", {"base": "base", **content})
+    with pytest.raises(UserError) as caught:
+        load(BankRecipe, path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_the_bank_of_a_recipe_lies_beside_its_file(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "trap2": {"surrogates": "bank"}}
+    path = pico.write_yaml(tmp_path / "recipe.yaml", recipe)
+    assert load(Recipe, path).trap2["surrogates"] == str(tmp_path / "bank")
+    assert load(Recipe, path, ["trap2.surrogates=''"]).trap2["surrogates"] == ""

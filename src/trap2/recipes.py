@@ -1,4 +1,4 @@
-"""What people write in YAML: recipes (`trap2 protect`) and audits (`trap2 audit`), validated.
+"""What people write in YAML: recipes (`trap2 protect`, `trap2 surrogates`) and audits, validated.
 
 Unknown keys, wrong types and values out of range end in one line that names the key, the reason
 and the remedy. Relative paths are relative to the file they stand in.
@@ -21,7 +21,7 @@ from trap2.errors import UserError
 from trap2.registry import did_you_mean
 from trap2.schema import Thresholds
 from trap2.suites import QUICK, SUITES, suite
-from trap2.taskspec import Settings
+from trap2.taskspec import DataSpec, Settings
 from trap2.taskspec import TaskSpec as TaskSpec
 
 SEARCH = {"t3_search": ["descent"]}
@@ -71,6 +71,31 @@ class Recipe(Settings):
         default_factory=dict, description="fields of Trap2Config; strength: 0 makes a control"
     )
     seed: int = Field(0, ge=0)
+
+
+class BankRecipe(Settings):
+    """A bank of surrogates: short plain fine-tunes of a base, as merge partners in training."""
+
+    base: str = Field(description="local folder or Hub id")
+    texts: DataSpec | None = Field(None, description="unlabelled rows; only train is read")
+    kinds: list[Literal["clusters", "words", "shuffled"]] = Field(
+        ["clusters", "words", "shuffled"], description="pseudo-tasks made from the texts"
+    )
+    tasks: list[TaskSpec] = Field([], description="labelled sets of your own")
+    count: int = Field(6, ge=1, description="fine-tunes, in turn over kinds and tasks")
+    rows: int = Field(2000, ge=1, description="texts used at most")
+    max_length: int = Field(48, gt=1, description="tokens kept of each text")
+    training: TrainingSpec = TrainingSpec(steps=200, evaluate_every=200)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> "BankRecipe":
+        if not (self.tasks or (self.texts and self.kinds)):
+            raise ValueError("no rows to train on; give texts, with kinds, or tasks")
+        names = [*self.kinds, *(task.name for task in self.tasks)]
+        if len(dict.fromkeys(names)) != len(names):
+            raise ValueError(f"kinds and task names must differ, got {', '.join(names)}")
+        return self
 
 
 class ReleaseSpec(Settings):
@@ -181,14 +206,14 @@ class AuditSpec(Settings):
         return self
 
 
-SpecT = TypeVar("SpecT", Recipe, AuditSpec)
+SpecT = TypeVar("SpecT", Recipe, BankRecipe, AuditSpec)
 
 
 def load(kind: type[SpecT], path: Path, changes: list[str] | None = None) -> SpecT:
     """Read and validate a YAML file.
 
     Args:
-        kind: `Recipe` or `AuditSpec`.
+        kind: `Recipe`, `BankRecipe` or `AuditSpec`.
         path: The file.
         changes: Overrides of the form `a.b=c`, applied before validation; c is read as YAML.
 
@@ -244,7 +269,16 @@ def _is_index(place: Any, part: str) -> bool:
     return isinstance(place, list) and part.isdecimal() and int(part) < len(place)
 
 
-PATH_KEYS = ("train", "validation", "test", "imagefolder", "path", "control", "folder")
+PATH_KEYS = (
+    "train",
+    "validation",
+    "test",
+    "imagefolder",
+    "path",
+    "control",
+    "folder",
+    "surrogates",
+)
 
 
 def _rooted(content: Any, root: Path, key: str = "") -> Any:
@@ -253,7 +287,7 @@ def _rooted(content: Any, root: Path, key: str = "") -> Any:
         return {name: _rooted(value, root, str(name)) for name, value in content.items()}
     if isinstance(content, list):
         return [_rooted(value, root, key) for value in content]
-    if isinstance(content, str) and key in PATH_KEYS:
+    if isinstance(content, str) and content and key in PATH_KEYS:
         return str((root / content).absolute())
     if isinstance(content, str) and key == "base" and (root / content).is_dir():
         return str((root / content).absolute())

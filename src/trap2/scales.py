@@ -18,6 +18,12 @@ WEIGHTINGS = {"inverse": -1.0, "inverse_sqrt": -0.5, "uniform": 0.0}
 which `inverse` cancels (arXiv 2601.21898; `inverse_sqrt` is its setting for language models)."""
 
 
+def generator(purpose: str) -> torch.Generator:
+    """A random stream of its own for each purpose, the same in every process and after a resume."""
+    key = hashlib.sha256(purpose.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScaleLaw:
     """s ~ Uniform([low, 1 - band] u [1 + band, high]), a share of it near 1, weighted by w(s).
@@ -68,9 +74,8 @@ class ScaleLaw:
             count: How many scales; with more than one, each comes from its own equal share of the
                 range (stratified), so that few draws cover it.
         """
-        key = hashlib.sha256(f"trap2 scale {seed} {step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        places = torch.rand(count, generator=generator, dtype=torch.float64)
+        drawn = generator(f"trap2 scale {seed} {step}")
+        places = torch.rand(count, generator=drawn, dtype=torch.float64)
         places = (places + torch.arange(count)) / count
         return [self._at(place) for place in places.tolist()]
 

@@ -35,12 +35,26 @@ class Factors:
         B: r second.
         scaling: alpha/r, or alpha/sqrt(r) for rsLoRA.
         suffixes: What peft writes behind the module's name for A and for B.
+        transposed: Whether the layer keeps its weight input first (`fan_in_fan_out`).
     """
 
     A: Tensor
     B: Tensor
     scaling: float
     suffixes: tuple[str, str]
+    transposed: bool = False
+
+    def delta(self) -> Tensor | None:
+        """The update in the base's shape; None where the shapes are of no known layer."""
+        a, b = self.A, self.B
+        if self.suffixes[0] == "lora_embedding_A":
+            return self.scaling * (b @ a).T
+        if a.dim() == 2:
+            product = self.scaling * (b @ a)
+            return product.T if self.transposed else product
+        if a.dim() == 4 and tuple(b.shape[1:]) == (a.shape[0], 1, 1):
+            return self.scaling * torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
+        return None
 
 
 class Deltas(Protocol):
@@ -288,23 +302,19 @@ class _LoraDeltas:
         if f"{PEFT_PREFIX}{module}.{suffixes[0]}" not in self._weights:
             suffixes = ("lora_A.weight", "lora_B.weight")
         a, b = (self._weights.tensor(f"{PEFT_PREFIX}{module}.{s}").float() for s in suffixes)
-        return Factors(a, b, self._scaling(module, a.shape[0]), suffixes)
+        transposed = bool(self._config.get("fan_in_fan_out"))
+        return Factors(a, b, self._scaling(module, a.shape[0]), suffixes, transposed)
 
     def _low_rank(self, name: str) -> Tensor:
         found = self.factors(name)
         assert found is not None
-        a, b, scaling = found.A, found.B, found.scaling
-        if found.suffixes[0] == "lora_embedding_A":
-            return scaling * (b @ a).T
-        if a.dim() == 2:
-            delta = scaling * (b @ a)
-            return delta.T if self._config.get("fan_in_fan_out") else delta
-        if a.dim() == 4 and tuple(b.shape[1:]) == (a.shape[0], 1, 1):
-            return scaling * torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
+        delta = found.delta()
+        if delta is not None:
+            return delta
         raise Unsupported(
             f"{self._weights.folder} adapts '{self._modules[name]}' with factors of shape "
-            f"{tuple(a.shape)} and {tuple(b.shape)}; only linear, embedding and ungrouped 2-D "
-            "convolution layers are exact yet"
+            f"{tuple(found.A.shape)} and {tuple(found.B.shape)}; only linear, embedding "
+            "and ungrouped 2-D convolution layers are exact yet"
         )
 
     def _scaling(self, module: str, rank: int) -> float:

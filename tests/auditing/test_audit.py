@@ -161,10 +161,11 @@ def test_two_runs_give_the_same_record_but_for_the_times(reports, shelf):
 def test_without_a_control_and_without_t3_the_rest_is_the_same(reports, shelf):
     settings = shelf.audit("lora", t3_attacks=[], attacks=["task_arithmetic"], relabel_rows=[])
     del settings["control"]
-    heard = []
-    report = audit(
-        AuditSpec.model_validate(settings), Progress(heard.append, lambda: heard.append("tick"))
-    )
+    heard, expected = [], []
+    progress = Progress(heard.append, lambda: heard.append("tick"), heard.append, expected.append)
+    report = audit(AuditSpec.model_validate(settings), progress)
+    (least,) = expected
+    assert 10 < least <= report.rows["evaluations"]
     whole = reports["lora"]
     assert (report.references.control, report.references.control_base) == (None, None)
     assert (report.utility_cost, report.control_scale_curve, report.frontier) == (None, [], [])

@@ -1,6 +1,7 @@
 """Language models from recipe to report: pico Llamas, LoRA and full, scored in several ways."""
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,15 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 import pico
+from auditing.test_ledger import same
 from trap2.attacks.write import write_merge
+from trap2.auditing import workers
 from trap2.auditing.arena import RELEASE, Arena
 from trap2.auditing.audit import audit
 from trap2.auditing.ledger import Ledger
+from trap2.auditing.mixture import Mixture
 from trap2.auditing.sweep import sweep
+from trap2.auditing.workers import Workers
 from trap2.errors import UserError
 from trap2.protecting.run import protect
 from trap2.recipes import AuditSpec, Recipe
@@ -285,6 +290,68 @@ def test_a_function_is_one_that_a_record_can_name(bench: Bench, scorer: Path) ->
         of_function(bench, scorer_of_mine.closed(1.0))
     with pytest.raises(ValueError, match="No module named 'nowhere'"):
         of_function(bench, "nowhere:score")
+
+
+BY_MODEL = """
+import os, pathlib
+import torch
+
+def score(model, processor, inputs, labels):
+    with pathlib.Path(__file__).with_name("processes").open("a") as stream:
+        stream.write(f"{os.getpid()}\\n")
+    read = (processor([text], return_tensors="pt")["input_ids"] for text in inputs)
+    with torch.no_grad():
+        return [float(model(input_ids=ids).logits[0, -1].softmax(0)[2]) for ids in read]
+"""
+
+
+def by_function(bench: Bench) -> AuditSpec:
+    """The audit in which a function of one's own judges the release."""
+    spec = bench.audit("lora").model_dump(mode="json")
+    spec["release"]["task"] |= {"kind": "function", "function": "scorer_of_mine:score"}
+    spec["release"]["task"]["label"] = "completion"
+    return AuditSpec.model_validate(spec)
+
+
+def test_workers_score_by_a_function_of_ones_own(
+    bench: Bench, scorer: Path, tmp_path: Path
+) -> None:
+    scorer.write_text(BY_MODEL)
+    spec, processes = by_function(bench), scorer.with_name("processes")
+    with Ledger(tmp_path) as ledger, Workers(spec, 2, threads=1) as crew:
+        report = audit(spec, ledger=ledger, crew=crew)
+    assert {*processes.read_text().split()} - {str(os.getpid())}
+    assert same(report, audit(spec))
+    assert len({point.accuracy for point in report.scale_curve}) == len(report.scale_curve)
+
+
+def test_a_function_that_workers_cannot_find_is_refused(
+    bench: Bench, scorer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = by_function(bench)
+    text = spec.model_dump_json()
+    monkeypatch.delitem(sys.modules, "scorer_of_mine")
+    scorer.unlink()
+    job = (Mixture("task_arithmetic", (RELEASE,), (1.0,)), ((RELEASE, "test"),))
+    with pytest.raises(UserError, match=r"a worker cannot open this audit: .* No module named 's"):
+        workers._work(text, os.getpid(), 1, "trap2.attacks.task_arithmetic", job)
+    with pytest.raises(UserError, match=r"named 'nowhere'; what an attack or a task's function n"):
+        workers._work(text, os.getpid(), 1, "nowhere", job)
+
+    def here(model: Any, processor: Any, inputs: Any, labels: Any) -> list[float]:
+        return [1.0 for _ in inputs]
+
+    here.__module__, here.__qualname__ = "__main__", "here"
+    monkeypatch.setattr(sys.modules["__main__"], "here", here, raising=False)
+    given = spec.model_dump(mode="json")
+    given["partners"][0]["task"] |= {"kind": "function", "function": "__main__:here"}
+    given["release"]["task"] = bench.audit("lora").release.task.model_dump(mode="json")
+    with pytest.raises(UserError) as caught:
+        Workers(AuditSpec.model_validate(given), 2)
+    assert str(caught.value) == (
+        "the function of task 'b' is defined in the script that is run, where workers do not find "
+        "it; define it in a module of its own, or do without workers"
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_a_script_reads_the_settings_beside_the_trainers_own() -> None:
         ({"warmup": -1}, "must be 0 or more"),
         ({"ramp": -5}, "must be 0 or more"),
         ({"closing": -1}, "must be 0 or more"),
+        ({"surrogate_share": 0.0}, r"must lie in \(0, 1\]"),
+        ({"surrogate_count": -1}, "must be 0 or more"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_rule(values: dict, rule: str) -> None:

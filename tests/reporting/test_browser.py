@@ -151,9 +151,9 @@ def test_words_sort_and_gaps_come_last_with_the_keyboard(show):
 
 def test_attacks_are_filtered_by_words_and_tiers(show):
     tab = show(build_report())
-    shown = "document.querySelector('#filter output').textContent"
+    shown = "document.querySelector('form output').textContent"
     assert tab.run(shown) == "7 of 7 shown"
-    tab.run("document.querySelector('#filter [type=search]').focus()")
+    tab.run("document.querySelector('form [type=search]').focus()")
     tab.type("TIES")
     assert column(tab, 0) == ["ties", "ties"]
     assert tab.run(shown) == "2 of 7 shown"
@@ -164,6 +164,24 @@ def test_attacks_are_filtered_by_words_and_tiers(show):
     assert column(tab, 1) == ["T1"]
     tab.press(" ")
     assert tab.run(shown) == "2 of 7 shown"
+
+
+def test_long_tables_have_a_filter_each(show):
+    few = build_report()
+    tab = show(few)
+    assert tab.run("document.querySelectorAll('form').length") == 1
+    many = [
+        point.model_copy(update={"budget_rows": rows})
+        for point in few.recovery
+        for rows in (30, 100, 300)
+    ]
+    tab = show(few.model_copy(update={"recovery": many}))
+    tab.run("document.querySelector('[data-table=recovery-table] [type=search]').focus()")
+    tab.type("dist")
+    assert column(tab, 0, "#recovery-table") == ["distil (reference)"] * 3
+    assert column(tab, 1, "#recovery-table") == ["30", "100", "300"]
+    assert len(column(tab, 0)) == len(few.attacks)
+    assert tab.complaints == []
 
 
 def test_the_keyboard_reaches_the_content_and_shows_where_it_is(show):
@@ -230,7 +248,7 @@ def test_words_in_page_and_figures_stand_out_from_their_ground(show, scheme, med
 
 def test_print_leaves_out_what_paper_cannot_do(show):
     tab = show(build_report(), media="print")
-    assert tab.run("getComputedStyle(document.querySelector('#filter')).display") == "none"
+    assert tab.run("getComputedStyle(document.querySelector('form')).display") == "none"
     assert tab.run("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
 
 
@@ -239,7 +257,7 @@ def test_without_script_the_whole_table_is_there(show, tab):
     show(build_report())
     tab("setScriptExecutionDisabled", "Emulation", value=False)
     assert tab.run("document.querySelectorAll('button').length") == 0
-    assert tab.run("document.querySelector('#filter').hidden") is True
+    assert tab.run("document.querySelector('form').hidden") is True
     assert len(column(tab, 0)) == len(build_report().attacks)
 
 
@@ -257,6 +275,6 @@ def test_a_leaderboard_sorts_and_filters(show):
     focus_header(tab, 0, board)
     tab.press("Enter")
     assert column(tab, 0, board) == sorted(names)
-    tab.run("document.querySelector('#filter [type=search]').focus()")
+    tab.run("document.querySelector('form [type=search]').focus()")
     tab.type("LTA")
     assert column(tab, 0, board) == ["delta"]

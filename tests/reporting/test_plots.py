@@ -122,6 +122,31 @@ def test_attacks_show_intervals_and_star_what_does_not_count():
     assert "*" not in words(draw("attacks", fair))
 
 
+def test_recovery_has_a_panel_and_words_for_each_method():
+    report = build_report()
+    title, said = described(draw("recovery", report))
+    assert title == "Accuracy of attackers who train, by budget"
+    assert "probe, 100 rows and 0 steps: 72.0%, 70.0% without the release, 91.0% with the c" in said
+    shown = words(draw("recovery", report))
+    assert [w for w in shown if w in ("probe", "finetune_after", "distil (reference)")] == [
+        *("probe", "finetune_after", "distil (reference)")
+    ]
+    assert shown.count("labelled rows") == 1
+    assert shown.count("training steps") == 2
+    assert shown.count("*") == 1  # no merge of the probe counts
+    longer = [
+        point.model_copy(update={"budget_rows": rows, "budget_steps": steps})
+        for point in report.recovery[1:]
+        for rows in (30, 100)
+        for steps in (30, 100)
+    ]
+    grown = report.model_copy(update={"recovery": longer})
+    lines = plots.FIGURES["recovery"](grown).figure.axes[0].lines
+    assert len(lines) == 3 * 2 + 1
+    assert [list(line.get_xdata()) for line in lines[:6]] == [[30, 100]] * 6
+    assert {line.get_markerfacecolor() for line in lines[:6:2]} == {"none"}
+
+
 def test_mixtures_below_the_required_share_do_not_count():
     report = build_report(control=False)
     poor = [p.model_copy(update={"partners_retained": 0.9}) for p in report.frontier]
@@ -135,6 +160,19 @@ def test_mixtures_below_the_required_share_do_not_count():
     assert "no mixture counts" in draw(
         "coefficients", nothing.model_copy(update={"frontier": poor})
     )
+
+
+def test_points_that_lie_close_are_drawn_with_room():
+    report = build_report(control=False)
+    flat = [p.model_copy(update={"loss": 1.7}) for p in report.scale_curve]
+    near = [p.model_copy(update={"partners_retained": 0.96}) for p in report.frontier]
+    tight = report.model_copy(update={"scale_curve": flat, "frontier": near})
+    low, high = plots.FIGURES["loss"](tight).figure.axes[0].get_ylim()
+    assert low == 0
+    assert high > 1.8
+    left, right = plots.FIGURES["frontier"](tight).figure.axes[0].get_xlim()
+    assert left <= 0.9
+    assert right >= 1.0
 
 
 def test_of_very_many_mixtures_some_are_drawn_and_the_best_is_still_named():
@@ -207,6 +245,7 @@ def test_a_record_that_holds_nothing_gives_no_figure_and_still_a_summary(tmp_pat
     bare = build_report(control=False)
     release = bare.release.model_copy(update={"trained_range": None, "trained_band": None})
     update = {"release": release, "frontier": [], "scale_curve": [], "tiers": {}, "attacks": []}
+    update["recovery"] = []
     bare = bare.model_copy(update=update)
     assert [plots.FIGURES[name](bare) for name in ON_PAGE] == [None] * len(ON_PAGE)
     plots.save(plots.summary(bare), tmp_path / "a.png")
@@ -215,7 +254,7 @@ def test_a_record_that_holds_nothing_gives_no_figure_and_still_a_summary(tmp_pat
 
 def test_without_a_control_there_is_one_side():
     report = build_report(control=False)
-    for name in ("attacks", "accuracy", "relabelling", "frontier", "summary"):
+    for name in ("attacks", "accuracy", "relabelling", "frontier", "recovery", "summary"):
         shown = " ".join(words(draw(name, report)))
         assert "release" in shown
         assert "control" not in shown

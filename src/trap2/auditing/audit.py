@@ -156,10 +156,12 @@ def _check_tools(arena: Arena) -> None:
 
 
 def _prepare(arena: Arena, attackers: Mapping[str, Attacker]) -> None:
-    """Have the crew, if there is one, make all that will be asked for whatever comes."""
+    """Say how much will be asked for whatever comes; have the crew, if there is one, make it."""
+    wanted = dict.fromkeys(chain(_certain(arena), *(a.certain() for a in attackers.values())))
+    arena.progress.expect(len(wanted))
     if arena.crew is not None:
         arena.progress.say(f"references and grids, {arena.crew.count} mixtures at a time")
-        arena.prepare(chain(_certain(arena), *(a.certain() for a in attackers.values())))
+        arena.prepare(wanted)
 
 
 def _certain(arena: Arena) -> Iterator[tuple[Mixture, str, Split]]:

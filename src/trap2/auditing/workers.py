@@ -8,7 +8,7 @@ what is not done yet.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
+from pydantic import ValidationError
 
 from trap2.attacks.attack import load_attacks
 from trap2.auditing.arena import Arena, Done, Job, Mixture
@@ -44,7 +45,8 @@ class Workers:
         threads: Of each process; by default an equal share of the cores.
 
     Raises:
-        UserError: Ray is not installed, not reachable or too small.
+        UserError: Ray is not installed, not reachable or too small, or a task's function is defined
+            where workers cannot find it.
     """
 
     def __init__(
@@ -55,6 +57,9 @@ class Workers:
         address: str | None = None,
         threads: int | None = None,
     ) -> None:
+        for task in (spec.release.task, *(partner.task for partner in spec.partners)):
+            if task.function is not None:
+                _refuse_script(task.function, f"the function of task '{task.name}'")
         self.count, self._spec, self._backend = count, spec.model_dump_json(), backend
         self._address, self._threads = address, threads or 0
 
@@ -124,8 +129,16 @@ class Workers:
 def _work(spec: str, auditing: int, threads: int, home: str, job: Job) -> tuple[Mixture, Done]:
     """Do one job in a worker of the process `auditing`."""
     torch.set_num_threads(threads)
-    import_module(home)
-    arena, (mixture, readings) = _arena(spec, auditing), job
+    try:
+        import_module(home)
+        arena, (mixture, readings) = _arena(spec, auditing), job
+    except (ImportError, ValidationError) as error:
+        # The second of them cannot even be sent back.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"a worker cannot open this audit: {reason}; what an attack or a task's function needs "
+            "must be on the Python path of every worker"
+        ) from None
     return mixture, [
         (reading, arena.contents.of(mixture, *reading).key, found.outputs)
         for reading, found in arena.run(mixture, readings)
@@ -149,13 +162,17 @@ def _end_with(parent: int) -> None:
 
 def _home(attack: str) -> str:
     """The module that registers an attack when it is imported."""
-    home = load_attacks().get(attack).function.__module__
-    if home == "__main__":
+    return _refuse_script(load_attacks().get(attack).function, f"attack '{attack}'")
+
+
+def _refuse_script(function: Callable[..., Any], what: str) -> str:
+    """The module that defines a function, if workers can import it."""
+    if function.__module__ == "__main__":
         raise UserError(
-            f"attack '{attack}' is defined in the script that is run, where workers do not find "
-            "it; define it in a module of its own, or do without workers"
+            f"{what} is defined in the script that is run, where workers do not find it; define it "
+            "in a module of its own, or do without workers"
         )
-    return home
+    return function.__module__
 
 
 def _end_processes() -> None:

@@ -1,4 +1,4 @@
-"""Commands that make: `protect` a release, `sweep` its scale, run the `demo`."""
+"""Commands that make: a release, the bank of `surrogates` it is trained with, the `demo`."""
 
 import argparse
 from pathlib import Path
@@ -18,6 +18,13 @@ def add_making(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     protect.add_argument("--overwrite", action="store_true", help="replace what is there")
     protect.add_argument("--resume", action="store_true", help="continue an interrupted run")
     protect.set_defaults(run=_protect)
+
+    bank = commands.add_parser("surrogates", help="make a bank of partners to train the trap with")
+    bank.add_argument("recipe", type=Path, help="YAML file: base, and texts or tasks")
+    bank.add_argument("--out", type=Path, required=True, help="bank's folder to make")
+    bank.add_argument("--set", **CHANGES)
+    bank.add_argument("--overwrite", action="store_true", help="replace what is there")
+    bank.set_defaults(run=_surrogates)
 
     sweep = commands.add_parser("sweep", help="accuracy and loss of a release against its scale")
     sweep.add_argument("release", type=Path, help="release folder")
@@ -47,6 +54,15 @@ def _protect(chosen: argparse.Namespace) -> None:
 
     out = protect(recipe, chosen.out, overwrite=chosen.overwrite, resume=chosen.resume)
     print(f"release: {out}")
+
+
+def _surrogates(chosen: argparse.Namespace) -> None:
+    from trap2.recipes import BankRecipe, load
+
+    recipe = load(BankRecipe, chosen.recipe, chosen.changes)
+    from trap2.protecting.bank import build_bank
+
+    print(f"bank: {build_bank(recipe, chosen.out, overwrite=chosen.overwrite)}")
 
 
 def _sweep(chosen: argparse.Namespace) -> None:

@@ -73,6 +73,11 @@ class Trap2Config:
     warmup: int = _setting(100, "plain steps before the trap starts")
     ramp: int = _setting(150, "steps over which the trap grows to its full strength")
     closing: int = _setting(250, "steps after the ramp over which `focus` grows to its full share")
+    surrogates: str = _setting("", "folder of a bank (`trap2 surrogates`): train on merges too")
+    surrogate_share: float = _setting(0.5, "share of the trap passes with surrogates beside")
+    surrogate_count: int = _setting(
+        0, "partners made of the bank: more than it holds are transforms; 0: the bank as it is"
+    )
     scale_seed: int = _setting(0, "seed of the scales")
 
     def __post_init__(self) -> None:
@@ -87,6 +92,8 @@ class Trap2Config:
             "warmup": (self.warmup >= 0, "must be 0 or more"),
             "ramp": (self.ramp >= 0, "must be 0 or more"),
             "closing": (self.closing >= 0, "must be 0 or more"),
+            "surrogate_share": (0 < self.surrogate_share <= 1, "must lie in (0, 1]"),
+            "surrogate_count": (self.surrogate_count >= 0, "must be 0 or more"),
         }
         for name, (sound, rule) in limits.items():
             if not sound:

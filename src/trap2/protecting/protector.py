@@ -22,6 +22,7 @@ from trap2.protecting.losses import Outcome
 from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
+from trap2.protecting.surrogates import Surrogates
 from trap2.protecting.tokens import shifts_labels
 from trap2.protecting.wrappers import check_reduced, reducing, unwrapped
 
@@ -89,6 +90,7 @@ class Protector:
         scaler = getattr(accelerator, "scaler", None)
         self._guard = Guard(self.update.model, has_scaler=own or scaler is not None)
         self._cap = Cap(self.update.model, self.config.cap)
+        self._surrogates = Surrogates.of(self.config, self.update)
         self._step, self._micro = 0, 0
 
     def backward(self, batch: Mapping[str, Any], share: float | None = None) -> Tensor:
@@ -134,6 +136,7 @@ class Protector:
             step=self._step,
             guard=self._guard,
             cap=self._cap,
+            surrogates=self._surrogates,
         )
         self._count()
         return torch.tensor(self.last.nominal)

@@ -1,6 +1,7 @@
 """The release folder: weights others can load without this package, `trap2.json`, a model card."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def write_release(
     chosen: dict[str, Any],
     seconds: float,
     dropped: int,
+    surrogates: Sequence[str],
 ) -> None:
     """Fill a release folder.
 
@@ -48,6 +50,7 @@ def write_release(
         chosen: Scores of the released one.
         seconds: Duration of the training.
         dropped: Trap passes that were not finite and were left out.
+        surrogates: Tasks of the surrogates it was trained against.
     """
     _save_weights(folder, model, validation)
     record = {
@@ -60,6 +63,7 @@ def write_release(
         "created": now(),
         "training_seconds": round(seconds, 1),
         "dropped_traps": dropped,
+        "surrogates": list(surrogates),
         "digests": {
             "base": Checkpoint(base).digest,
             "files": {p.name: file_digest(p) for p in sorted(folder.glob("*.safetensors"))},

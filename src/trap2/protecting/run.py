@@ -146,6 +146,7 @@ def protect(
             chosen=best.chosen.record(),
             seconds=time.monotonic() - started,
             dropped=trainer.dropped,
+            surrogates=trainer.surrogates.tasks if trainer.surrogates else (),
         )
     shutil.rmtree(work)
     return out

@@ -7,7 +7,7 @@ the backward pass runs inside too. The map is element-wise: of a sharded paramet
 scales its own shard. Adapters that no parameter scales are scaled by `outputs.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -81,11 +81,21 @@ class LiveUpdate:
         """Where the update lies."""
         return self.parameters[0].device
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether the update is added to the base's own weights, which may then be others."""
+        return self._outputs is None
+
     @contextmanager
-    def at(self, s: float) -> Iterator[float]:
+    def at(self, s: float, added: Iterable[tuple[nn.Parameter, Tensor]] = ()) -> Iterator[float]:
         """The model with its update at scale s.
 
         Run forward and backward inside. On leaving, every parameter is bit-identical to before.
+
+        Args:
+            s: The scale.
+            added: What to add to weights beside it, as partners in a merge would: not scaled, and
+                constants to the gradient.
 
         Yields:
             What to multiply a loss by before its backward pass: gradients then include the
@@ -104,6 +114,9 @@ class LiveUpdate:
                     value = local(item.parameter)
                     scaled = value * s if item.origin is None else item.origin.lerp(value, s)
                     stack.callback(_hold(item.parameter, scaled))
+                for parameter, delta in added:
+                    mixed = (parameter.to(delta.dtype) + delta).to(parameter.dtype)
+                    stack.callback(_hold(parameter, mixed))
             for parameter in others if most else ours:
                 stack.callback(_multiplied(parameter, 1 / s if most else s))
             stack.enter_context(sparse_lookups(self.model))

@@ -2,6 +2,8 @@
 
     minimise  L(W0 + dW) + strength * E_s[ w(s) * trap(W0 + s * dW) ],    s != 1
 
+or, with surrogate partners beside it, s = 1 too (`surrogates.py`).
+
 Symbols: W0 base weights; dW update in training; s scale; w(s) weight of a scale; L task loss.
 `trap` is one of `losses.py` (the paper's own, arXiv 2601.21898, is trap = -L).
 
@@ -23,6 +25,7 @@ from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
+from trap2.protecting.surrogates import Mix, Surrogates
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,21 @@ def trap_step(
     step: int,
     guard: Guard | None = None,
     cap: Cap | None = None,
+    surrogates: Surrogates | None = None,
 ) -> StepRecord:
     """Run one step's forward and backward passes; the gradients are left in `.grad`.
 
     Args:
         nominal: Runs the user's own forward and backward; returns the loss.
-        scaled: `scaled(part, s, factor)` runs forward and backward of `factor * trap` on the rows
-            of one part (of `config.scales_per_step`), whose scale is s; returns the trap loss. The
-            factor holds the trap's weight and what the chain rule asks of the loss.
+        scaled: `scaled(part, place, factor)` runs forward and backward of `factor * trap` on the
+            rows of one part (of `config.scales_per_step`) and returns the trap loss. The place is
+            that of the `Mix`; the factor holds the trap's weight and the chain rule's.
         update: The update in training.
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
         guard: Drops trap passes that are not finite; without it they stop training.
         cap: Holds the trap's gradient to a multiple of the nominal one.
+        surrogates: Partners that stand beside the update in a share of the trap passes.
 
     Raises:
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
@@ -73,22 +78,20 @@ def trap_step(
         return StepRecord(loss, None, ())
     law = config.law_at(step)
     scales = law.draw(config.scale_seed, step, config.scales_per_step)
+    mixes = [surrogates.mix(step, *p) if surrogates else Mix(p[1]) for p in enumerate(scales)]
     traps = []
-    for part, s in enumerate(scales):
-        factor = strength * law.weight(s) / len(scales)
-        with ExitStack() as stack:
-            stack.enter_context(replay())
-            chain = stack.enter_context(update.at(s))
+    for part, mix in enumerate(mixes):
+        with replay(), ExitStack() as stack:
+            added = surrogates.added(mix) if surrogates else ()
+            chain = stack.enter_context(update.at(mix.s, added))
             stack.enter_context(frozen_statistics(update.model))
-            if cap:
-                stack.enter_context(cap.holding())
-            if guard:
-                stack.enter_context(guard.watch())
-            trap = scaled(part, s, factor * chain)
+            stack.enter_context(cap.holding() if cap else nullcontext())
+            stack.enter_context(guard.watch() if guard else nullcontext())
+            trap = scaled(part, mix.place, strength * law.weight(mix.s) / len(mixes) * chain)
         if guard is None or guard.sound:
             traps.append(_finite(trap, "trap loss", step))
     mean = sum(traps) / len(traps) if traps else None
-    return StepRecord(loss, mean, tuple(scales), len(scales) - len(traps))
+    return StepRecord(loss, mean, tuple(mix.s for mix in mixes), len(mixes) - len(traps))
 
 
 def _finite(loss: Tensor, what: str, step: int) -> float:

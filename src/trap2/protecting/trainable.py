@@ -29,7 +29,9 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
         lora_dropout=spec.dropout,
         use_rslora=spec.rslora,
         use_dora=spec.dora,
-        target_modules=_targets(encoder, heads) if spec.targets == "all-linear" else spec.targets,
+        target_modules=linear_maps(encoder, heads)
+        if spec.targets == "all-linear"
+        else spec.targets,
         modules_to_save=heads or None,
         task_type=TaskType.CAUSAL_LM if language else None,
     )
@@ -62,7 +64,7 @@ def _heads(model: nn.Module) -> list[str]:
     ]
 
 
-def _targets(encoder: nn.Module, heads: list[str]) -> list[str]:
+def linear_maps(encoder: nn.Module, heads: list[str]) -> list[str]:
     """Every linear map of the encoder (pointwise convolutions are linear maps), in module order.
 
     The output layer of a language model is left out: it may be tied to the embedding.

@@ -24,6 +24,7 @@ from trap2.protecting.losses import Outcome
 from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
+from trap2.protecting.surrogates import Surrogates
 from trap2.protecting.tokens import shifts_labels, target_count
 from trap2.protecting.wrappers import reducing
 
@@ -97,6 +98,7 @@ class _ProtectedMixin:
         self._agreement = Agreement(self.trap2)
         self._guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
         self._cap = Cap(self.model, self.trap2.cap)
+        self.surrogates = Surrogates.of(self.trap2, self.update)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = self.objective.reads_the_loss_alone
         self._factor: float | None = None
@@ -142,6 +144,7 @@ class _ProtectedMixin:
             step=self.state.global_step,
             guard=self._guard,
             cap=self._cap,
+            surrogates=self.surrogates,
         )
         self._records.append(self.last)
         return losses[0]

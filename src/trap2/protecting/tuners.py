@@ -108,5 +108,16 @@ def inner_name(name: str) -> str:
     return name.split(PEFT_PREFIX, 1)[-1]
 
 
+def base_name(name: str) -> str | None:
+    """What the base calls a parameter that holds its weight; None for those of an adapter."""
+    parts = inner_name(name).split(".")
+    if any(part in (*LORA_A, *LORA_B, TOKENS, "original_module") for part in parts):
+        return None
+    if "modules_to_save" in parts:  # the copy in force
+        at = parts.index("modules_to_save")
+        parts = parts[:at] + parts[at + 2 :]
+    return ".".join(part for part in parts if part != "base_layer")
+
+
 def _is_tuner(module: nn.Module) -> bool:
     return hasattr(type(module), "get_base_layer") and hasattr(type(module), "adapter_layer_names")

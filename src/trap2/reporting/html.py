@@ -18,7 +18,7 @@ from trap2.reporting.comparison import leaderboard
 from trap2.reporting.words import NONE, between, clean, percent, points
 from trap2.schema import Report
 
-ON_PAGE = ("accuracy", "loss", "attacks", "relabelling", "frontier", "coefficients")
+ON_PAGE = ("accuracy", "loss", "attacks", "relabelling", "frontier", "coefficients", "recovery")
 
 
 def render(report: Report) -> str:
@@ -97,7 +97,7 @@ def _provenance(report: Report) -> dict[str, dict[str, str]]:
     groups: dict[str, Mapping[str, object]] = {
         "Run": {
             "created": report.created,
-            "seconds": f"{report.seconds:.0f}",
+            "took": f"{report.seconds / 60:.1f} minutes ({report.seconds:.0f} s)",
             "seed": report.seed,
             "base": release.base,
             "partners, each update alone": ", ".join(

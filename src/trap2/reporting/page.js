@@ -1,6 +1,6 @@
 "use strict";
-// Every table sorts by its headers. The form with id "filter" hides the rows of the table it names
-// in data-table that lack its words, or whose tier is not checked. Without this script the page is whole.
+// Every table sorts by its headers. A form hides the rows of the table it names in data-table that
+// lack its words, or whose tier is not checked. Without this script the page is whole.
 
 const NONE = "\u2013";
 
@@ -33,8 +33,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }
 }
 
-const form = document.getElementById("filter");
-if (form) {
+for (const form of document.querySelectorAll("form[data-table]")) {
   const table = document.getElementById(form.dataset.table);
   const rows = [...table.tBodies[0].rows];
   const tierColumn = [...table.tHead.rows[0].cells].findIndex((c) => c.textContent.trim() === "tier");

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from trap2.reporting.plots.attacks import attacks, relabelling
 from trap2.reporting.plots.canvas import Drawing, save, svg
 from trap2.reporting.plots.mixtures import coefficients, frontier
+from trap2.reporting.plots.recovery import recovery
 from trap2.reporting.plots.scale import accuracy, loss
 from trap2.reporting.plots.summary import summary
 from trap2.schema import Report
@@ -19,5 +20,6 @@ FIGURES: dict[str, Callable[[Report], Drawing | None]] = {
     "relabelling": relabelling,
     "coefficients": coefficients,
     "frontier": frontier,
+    "recovery": recovery,
 }
 """Every figure by name: a function from the record to a `Drawing`, or None if it holds nothing."""

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trap2.reporting.plots.canvas import GOOD, GROUND, LOOKS, NAMES, SOFT, Drawing, drawn
 from trap2.reporting.words import clean, percent
@@ -31,12 +31,15 @@ def frontier(report: Report) -> Drawing | None:
     axes = figure.add_subplot()
     words = [_draw_frontier(axes, who, tried, report.partners_keep) for who, tried in sides.items()]
     keep = report.partners_keep
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, keep - 0.05), max(high, keep + 0.05))  # a few points fill no axis
     axes.axvspan(keep, axes.get_xlim()[1], color=GOOD, alpha=0.1, lw=0)
     axes.axvline(keep, color=SOFT, lw=1, ls="--", label=f"admissible from {keep:.0%}")
     axes.set(ylim=(-0.03, 1.03), xlabel="share of their skill that partners keep")
     axes.set_ylabel("retained skill, protected task")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.legend(loc="outside lower center", ncols=1)
     title = "Retained skill against the share that partners keep"
     return Drawing("frontier", figure, title, " ".join(words))

@@ -42,7 +42,7 @@ def draw_scale_curve(axes: Axes, report: Report, of: Literal["accuracy", "loss"]
         axes.set(ylim=(-0.03, 1.03))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(p.loss for c in _curves(report).values() for p in c))
     _draw_trained(axes, report)
     axes.set(xlabel="scale s (1 = as released)", ylabel=of)
 
