@@ -43,6 +43,12 @@ def made(name, world, coefficients, count=3, **params):
     return dict(merge(name, updates[:count], coefficients, base=base, **params))
 
 
+def without_scalars(world):
+    """The same without the tensor of one number, with which some of its methods are at fault."""
+    base, *updates = ({n: t for n, t in part.items() if t.dim()} for part in (world[0], *world[1]))
+    return base, updates
+
+
 def by_tensor(name, world, coefficients, count=3, **params):
     """Our definition on each tensor by itself, as mergekit applies its own."""
     base, updates = world
@@ -80,6 +86,7 @@ def close(one, other, atol=2e-6):
 def test_it_is_ours_where_the_definitions_are_the_same(
     world, theirs, ours, coefficients, count, params, own
 ):
+    world = without_scalars(world) if theirs == "breadcrumbs" else world
     factor = 1.0 if theirs == "ram" else coefficients
     found = made(f"mergekit_{theirs}", world, factor, count, **params)
     close(found, by_tensor(ours, world, coefficients, count, **own))
@@ -113,8 +120,11 @@ def test_every_method_merges_and_repeats_itself(world, name):
     entry = load_attacks().get(f"mergekit_{name}")
     params = next(entry.settings())
     count = 2 if entry.models[1] == 2 else 3
+    world = without_scalars(world) if name in ("della", "della_linear") else world
     first = made(entry.name, world, 0.6, count, **params)
-    assert {n: tuple(t.shape) for n, t in first.items()} == SHAPES
+    assert {n: tuple(t.shape) for n, t in first.items()} == {
+        n: tuple(t.shape) for n, t in world[0].items()
+    }
     assert float(first["a.weight"].norm()) > 0
     again = made(entry.name, world, 0.6, count, **params)
     assert all(torch.equal(first[n], again[n]) for n in first)
@@ -128,6 +138,20 @@ def test_without_a_place_for_it_the_coefficient_is_a_factor_of_the_whole(world, 
     once, twice, never = (made(entry.name, world, c, count, **params) for c in (1.0, 2.0, 0.0))
     close({n: 2 * t for n, t in once.items()}, twice)
     close(never, {n: torch.zeros_like(t) for n, t in once.items()})
+
+
+@runs_mergekit
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_its_della_fails_on_a_tensor_of_one_number(world, name):
+    with pytest.raises(Trap2Error, match="ended with 'RuntimeError: Expected p_in >= 0"):
+        made(f"mergekit_{name}", world, 0.6, density=0.5, epsilon=0.15)
+
+
+@runs_mergekit
+def test_its_breadcrumbs_leaves_a_tensor_of_one_number_at_the_base(world):
+    params = {"density": 0.5, "gamma": 0.05}
+    assert float(made("mergekit_breadcrumbs", world, 0.7, **params)["count"]) == 0
+    assert float(by_tensor("breadcrumbs", world, 0.7, **params)["count"]) != 0
 
 
 @runs_mergekit
