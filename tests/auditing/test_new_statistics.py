@@ -89,6 +89,19 @@ def test_merges_get_new_statistics_a_model_alone_keeps_its_own(settings):
     assert all(torch.equal(v, before[n]) for n, v in arena.encoder.state_dict().items())
 
 
+def test_at_another_scale_a_model_alone_gets_new_statistics_too(settings):
+    arena, plain = Arena(changed(settings)), Arena(changed(settings, recompute_statistics=False))
+    scaled = arena.alone(RELEASE, 5.0)  # where variances that are scaled become negative
+    found = arena.evaluate(scaled, RELEASE, "test").logits
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(
+        found, plain.evaluate(scaled, RELEASE, "test").logits, atol=1e-3, equal_nan=True
+    )
+    base = arena.alone(RELEASE, 0.0)
+    expected = plain.evaluate(base, RELEASE, "test").logits
+    assert torch.equal(arena.evaluate(base, RELEASE, "test").logits, expected)
+
+
 def test_inside_they_are_those_of_the_merge_on_rows_of_both_tasks(settings):
     arena = Arena(changed(settings))
     seen = []
@@ -109,6 +122,8 @@ def test_the_key_holds_them_only_where_they_are_worked_out(settings):
 
     alone = Mixture("task_arithmetic", (RELEASE,), (1.0,))
     assert keys(alone) == keys(alone, recompute_statistics=False)
+    scaled = Mixture("task_arithmetic", (RELEASE,), (0.5,))
+    assert keys(scaled) != keys(scaled, recompute_statistics=False)
     assert keys(BOTH) != keys(BOTH, recompute_statistics=False)
     assert keys(BOTH) != keys(BOTH, unlabelled_rows=9)
     off = {"recompute_statistics": False}

@@ -249,17 +249,15 @@ class Arena:
         )
 
     @contextmanager
-    def holding(
-        self, deltas: Iterable[tuple[str, Tensor]], members: tuple[str, ...]
-    ) -> Iterator[None]:
-        """Inside the `with` block the encoder is the merge of these members.
+    def holding(self, deltas: Iterable[tuple[str, Tensor]], mixture: Mixture) -> Iterator[None]:
+        """Inside the `with` block the encoder has the weights of this mixture.
 
-        Running statistics are worked out anew where the attacker does that; a single member keeps
-        its own, for nothing is merged.
+        Running statistics are worked out anew where the attacker does that; a release as it is
+        keeps its own, and so does the base. At another scale they could even become negative.
         """
         with self.live.merged(deltas):
-            if self.spec.attacker.recompute_statistics and len(members) > 1:
-                with recomputed(self.encoder, self._mixed(members)):
+            if self.spec.attacker.recompute_statistics and not mixture.is_unchanged:
+                with recomputed(self.encoder, self._mixed(mixture.members)):
                     yield
             else:
                 yield
@@ -356,7 +354,7 @@ class Arena:
             data=[self.unlabelled(name) for name in mixture.members] if needs_data else (),
             **params,
         )
-        with self.holding(deltas, mixture.members):
+        with self.holding(deltas, mixture):
             yield
 
 

@@ -72,7 +72,7 @@ class Candidate:
                 evaluator.model = Representation(self._arena.encoder)
 
             def run() -> Evaluation:
-                with self._arena.holding(self._deltas(), self._mixture.members):
+                with self._arena.holding(self._deltas(), self._mixture):
                     return evaluator()
 
             self._known[member, split] = self._arena.recorded(

@@ -155,7 +155,7 @@ class Contents:
         if attack.tool is not None:
             inputs["tool"] = _tool(attack.tool)
         given = ["update", "head", "unlabelled"] if attack.needs_data else ["update"]
-        if self.recomputes and len(mixture.members) > 1:
+        if self.recomputes and not mixture.is_unchanged:
             given = [*dict.fromkeys([*given, "unlabelled"])]
             inputs["statistics"] = _statistics()
         members = [[self._inputs[kind, name] for kind in given] for name in mixture.members]

@@ -18,6 +18,12 @@ class Mixture:
     coefficients: tuple[float, ...]
     params: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether its weights are those of one release as it is, or of the base."""
+        plain = self.attack == "task_arithmetic" and len(self.members) == 1
+        return plain and self.coefficients[0] in (0.0, 1.0)
+
     def of(self, member: str) -> tuple[float, ...]:
         """The coefficients of one member, one for each part; none if it is not merged."""
         if member not in self.members:
