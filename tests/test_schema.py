@@ -26,7 +26,7 @@ FIELDS = {
     "PartnerScore": "merged without_release",
     "AttackResult": "name tier params merged retained admissible unconstrained_retained partners "
     "control_params control_merged control_retained control_admissible relabel_rows evaluations "
-    "interval control_interval",
+    "interval control_interval tool control_tool",
     "FrontierPoint": "attack params retained partners_retained of",
     "RecoveryPoint": "method reference budget_rows budget_steps coefficient accuracy "
     "without_release standalone retained unconstrained admissible partners control_coefficient "
