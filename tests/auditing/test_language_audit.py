@@ -318,7 +318,7 @@ def test_workers_score_by_a_function_of_ones_own(
 ) -> None:
     scorer.write_text(BY_MODEL)
     spec, processes = by_function(bench), scorer.with_name("processes")
-    with Ledger(tmp_path) as ledger, Workers(spec, 2, threads=1) as crew:
+    with Ledger(tmp_path) as ledger, Workers(spec, 2, threads=torch.get_num_threads()) as crew:
         report = audit(spec, ledger=ledger, crew=crew)
     assert {*processes.read_text().split()} - {str(os.getpid())}
     assert same(report, audit(spec))
@@ -334,9 +334,11 @@ def test_a_function_that_workers_cannot_find_is_refused(
     scorer.unlink()
     job = (Mixture("task_arithmetic", (RELEASE,), (1.0,)), ((RELEASE, "test"),))
     with pytest.raises(UserError, match=r"a worker cannot open this audit: .* No module named 's"):
-        workers._work(text, os.getpid(), 1, "trap2.attacks.task_arithmetic", job)
+        workers._work(
+            text, os.getpid(), torch.get_num_threads(), "trap2.attacks.task_arithmetic", job
+        )
     with pytest.raises(UserError, match=r"named 'nowhere'; what an attack or a task's function n"):
-        workers._work(text, os.getpid(), 1, "nowhere", job)
+        workers._work(text, os.getpid(), torch.get_num_threads(), "nowhere", job)
 
     def here(model: Any, processor: Any, inputs: Any, labels: Any) -> list[float]:
         return [1.0 for _ in inputs]
