@@ -596,19 +596,17 @@ def unblock() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_during_an_audit_gives_130_and_leaves_the_ledger(shelf, tmp_path):
-    many = [i / 1000 for i in range(2000)]
-    path = written(tmp_path, shelf.audit("lora", coefficients=many))
-    command = [sys.executable, "-m", "trap2", "audit", path, "--out", str(tmp_path / "out")]
+def interrupted(arguments: list[str], at: bytes) -> bytes:
+    """What a command prints on stderr that gets a Ctrl-C once it has printed the pattern `at`."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "trap2", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=unblock,
     ) as running:
         seen = b""
-        while b"on the release, one coefficient" not in seen:
+        while not re.search(at, seen):
             piece = os.read(running.stderr.fileno(), 4096)
             assert piece, seen.decode()
             seen += piece
@@ -618,4 +616,23 @@ def test_ctrl_c_during_an_audit_gives_130_and_leaves_the_ledger(shelf, tmp_path)
     assert err.decode().splitlines()[-1] == "trap2: interrupted; what was finished is kept"
     assert b"Traceback" not in seen + err
     assert out == b""
+    return seen + err
+
+
+def test_ctrl_c_during_an_audit_gives_130_and_leaves_the_ledger(shelf, tmp_path):
+    many = [i / 1000 for i in range(2000)]
+    path = written(tmp_path, shelf.audit("lora", coefficients=many))
+    interrupted(["audit", path, "--out", str(tmp_path / "out")], b"on the release, one coefficient")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["audit.yaml", LEDGER, "out"]
+
+
+def test_ctrl_c_during_training_gives_130_and_what_was_trained_is_gone_on_with(shelf, tmp_path):
+    recipe = pico.recipe(shelf.base, shelf.task("a", described=True), "lora", steps=3000)
+    recipe["training"]["evaluate_every"] = 20
+    path = written(tmp_path, recipe, "recipe.yaml")
+    shown = interrupted(
+        ["protect", path, "--out", str(tmp_path / "out")], rb" ([3-9]\d|\d{3,})/3000"
+    )
+    assert b"trap" in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.work", "recipe.yaml"]
+    assert (tmp_path / "out.work" / "checkpoints" / "checkpoint-20").is_dir()

@@ -62,6 +62,17 @@ def curve(*accuracies: float) -> list[ScalePoint]:
     return [ScalePoint(s=s / 2, accuracy=a, loss=1.0) for s, a in enumerate(accuracies)]
 
 
+def by_tier(*found: dict) -> Report:
+    """A record of one attack: what it found in T1, T2 and T3."""
+    same = {"name": "ties", "merged": 0.5, "admissible": True, "control_admissible": True}
+    report = attacks(sound(), control_merged=0.8, **same)
+    rows = [
+        report.attacks[0].model_copy(update={"relabel_rows": 30, "tier": f"T{k + 1}", **row})
+        for k, row in enumerate(found)
+    ]
+    return changed(report, attacks=rows)
+
+
 RAISED = [
     (
         "T001",
@@ -163,6 +174,18 @@ RAISED = [
         changed(sound(), evidence={"surrogates": ["mpqa", "sst2"]}),
         "the release was trained against 'sst2'",
     ),
+    (
+        "T015",
+        by_tier({"merged": 0.6}, {"merged": 0.5}),
+        "right answers of the best merge: ties (release) 60.0 % in T1 and 50.0 % in T2",
+    ),
+    (
+        "T015",
+        by_tier({}, {"merged": 0.6, "control_merged": 0.8}, {"control_merged": 0.7}),
+        "right answers of the best merge: ties (release) 60.0 % in T2 and 50.0 % in T3, "
+        "ties (control) 80.0 % in T1 and 70.0 % in T3, ties (control) 80.0 % in T2 and 70.0 % in "
+        "T3",
+    ),
 ]
 
 NOT_RAISED = [
@@ -206,6 +229,12 @@ NOT_RAISED = [
     ("T011", sound()),
     ("T012", changed(sound(), evidence={"reload_gap": {"release": 1e-3}})),
     ("T013", changed(sound(), evidence={"surrogates": ["mpqa"]})),
+    ("T015", by_tier({"merged": 0.6}, {"merged": 0.562})),
+    ("T015", by_tier({"merged": 0.5}, {"merged": 0.9}, {"merged": 0.95})),
+    ("T015", by_tier({"merged": 0.6, "admissible": False}, {"merged": 0.5})),
+    ("T015", by_tier({"merged": 0.6}, {"merged": 0.5, "admissible": False})),
+    ("T015", by_tier({"merged": 0.6}, {"name": "slerp", "merged": 0.5})),
+    ("T015", by_tier({}, {"control_merged": None, "merged": 0.5})),
 ]
 
 
@@ -231,7 +260,7 @@ def test_every_flag_has_its_entry_in_the_docs_and_every_entry_its_flag():
     entries = re.split(r"^## ", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     told = dict(entry.split("\n", 1) for entry in entries)
     titles = {code: CHECKS.get(code).title for code in CHECKS} | {CODE: TITLE}
-    assert list(told) == [f"{code}: {title}" for code, title in titles.items()]
+    assert list(told) == [f"{code}: {title}" for code, title in sorted(titles.items())]
     for entry in told.values():
         parts = re.findall(r"^\*(Raised if|Means|Do)\* \S", entry, flags=re.MULTILINE)
         assert parts == ["Raised if", "Means", "Do"]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from trap2.files import read_json, write_json
@@ -77,13 +76,12 @@ class BestCandidate(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One line: steps, remaining time, nominal and trap loss."""
 
-    def __init__(self, trainer: Any, title: str) -> None:
-        self._trainer, self._title = trainer, title
-        self._bar: Any = None
+    def __init__(self, trainer: Any, bar: Any) -> None:
+        self._trainer, self._bar = trainer, bar
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._title)
+        """On a resume, start from the checkpoint."""
+        self._bar.initial = self._bar.n = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance it."""
@@ -91,7 +89,3 @@ class ProgressBar(TrainerCallback):
         trap = "-" if last.trap is None else f"{last.trap:.3f}"
         self._bar.set_postfix_str(f"nominal {last.nominal:.3f}, trap {trap}", refresh=False)
         self._bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close it."""
-        self._bar.close()

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -128,10 +129,11 @@ def protect(
     best = BestCandidate(trainer, validation, base_leak, recipe.training.evaluate_every, work)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
-    if not quiet:
-        trainer.add_callback(ProgressBar(trainer, f"{task.name} {_kind(config)}"))
     started = time.monotonic()
-    _train(trainer, work, resume)
+    title = f"{task.name} {_kind(config)}"
+    with tqdm(total=recipe.training.steps, desc=title, disable=quiet) as bar:
+        trainer.add_callback(ProgressBar(trainer, bar))
+        _train(trainer, work, resume)
     best.restore()
     with new_folder(out, overwrite) as folder:
         write_release(
