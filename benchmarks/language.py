@@ -5,7 +5,8 @@
 Fine-tunes `models/stories260k` on lines of Shakespeare, plainly (the control) and with the trap,
 and on arithmetic word problems (the partner); then audits the release. An audit re-labels no
 language model, so the outputs are read here: by a bias per token and by a linear map of all of
-them, fitted on validation tokens. Writes `results/language.json`. Minutes per method on two cores.
+them, fitted on validation tokens. Writes `results/language.json`, and keeps what it holds. Minutes
+per method and seed on two cores.
 
 Symbols: Z logits (N, V) at positions with a target, y the targets (N,); V vocabulary.
 """
@@ -15,9 +16,12 @@ import csv
 import json
 import os
 import random
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.files import read_json, write_json
 from trap2.progress import audit_bar
+from trap2.protecting.config import Trap2Config
 from trap2.protecting.run import protect
 from trap2.provenance import machine, versions
 from trap2.recipes import AuditSpec, Recipe
@@ -62,50 +67,60 @@ def main() -> None:
     """Run every method, then write the results."""
     given = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     given.add_argument("--methods", nargs="+", default=["full", "lora"])
-    given.add_argument("--seed", type=int, default=0)
+    given.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given.add_argument("--work", type=Path, default=Path("build/language"))
     chosen = given.parse_args()
     data = Path(os.environ.get("TRAP2_DATA", ""))
     if not (data / "models" / "stories260k").is_dir():
         sys.exit(f"TRAP2_DATA: no folder {data / 'models' / 'stories260k'}; see the docstring")
     write_rows(data, chosen.work)
-    for method in chosen.methods:
-        started = time.monotonic()
-        run = measured(data / "models" / "stories260k", chosen.work, method, chosen.seed)
-        run["seconds"] = round(time.monotonic() - started)
+    for seed, method in product(chosen.seeds, chosen.methods):
         runs = read_json(RESULTS)["runs"] if RESULTS.is_file() else {}
-        runs = {**runs, method: run}
-        record = {
-            "figures": figures(runs),
-            "command": "TRAP2_DATA=... python benchmarks/language.py",
-            "machine": machine(),
-            "versions": versions(),
-            "seed": chosen.seed,
-            "training": {"steps": STEPS, "learning_rate": LEARNING_RATE, "trap2": TRAP},
-            "attacker": ATTACKER,
-            "runs": runs,
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        write_json(RESULTS, record)
+        if f"{method}/{seed}" in runs:
+            continue
+        started = time.monotonic()
+        run = measured(data / "models" / "stories260k", chosen.work, method, seed)
+        run["seconds"] = round(time.monotonic() - started)
+        write_results({**runs, f"{method}/{seed}": run})
+
+
+def write_results(runs: dict[str, Any]) -> None:
+    """The JSON, whole or absent."""
+    record = {
+        "figures": figures(runs),
+        "command": "TRAP2_DATA=... python benchmarks/language.py",
+        "machine": machine(),
+        "versions": versions(),
+        "seeds": sorted({int(key.split("/")[1]) for key in runs}),
+        "training": {"steps": STEPS, "learning_rate": LEARNING_RATE, "trap2": TRAP},
+        "setting": asdict(Trap2Config(**TRAP)),
+        "attacker": ATTACKER,
+        "runs": runs,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_json(RESULTS, record)
 
 
 def figures(runs: dict[str, Any]) -> dict[str, float]:
-    """The named numbers: shares of right tokens, and what the tuned attacker gets."""
-    found = {}
-    for method, run in runs.items():
-        names = ("base", "control", "standalone")
-        found |= {f"{name}_{method}": run["references"][name] for name in names}
-        found[f"utility_cost_{method}"] = run["utility_cost"]
-        found |= {
-            f"{name}_at_half_scale_{method}": point["accuracy"]
-            for name, curve in (("protected", "scale_curve"), ("control", "control_scale_curve"))
-            for point in run[curve]
-            if point["s"] == 0.5
-        }
-        for tier, result in run["tiers"].items():
-            for key in ("unmergeability", "control_unmergeability", "partners_ignored"):
-                found[f"{tier.lower()}_{key}_{method}"] = result[key]
-    return found
+    """Means over seeds: shares of right tokens, and what the tuned attacker gets."""
+    found: dict[str, list[float]] = {}
+    for key, run in runs.items():
+        for name, value in _numbers(run):
+            found.setdefault(f"{name}_{key.split('/')[0]}", []).append(value)
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def _numbers(run: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in ("base", "control", "standalone"):
+        yield name, run["references"][name]
+    yield "utility_cost", run["utility_cost"]
+    for name, curve in (("protected", "scale_curve"), ("control", "control_scale_curve")):
+        for point in run[curve]:
+            if point["s"] == 0.5:
+                yield f"{name}_at_half_scale", point["accuracy"]
+    for tier, result in run["tiers"].items():
+        for key in ("unmergeability", "control_unmergeability", "partners_ignored"):
+            yield f"{tier.lower()}_{key}", result[key]
 
 
 def write_rows(data: Path, folder: Path) -> None:
