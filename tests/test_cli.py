@@ -325,6 +325,18 @@ def test_an_output_that_is_in_use_or_not_writable_is_refused(capsys, shelf, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["audit.yaml"]
 
 
+def test_a_trap_that_did_not_close_is_warned_of(capsys, shelf, tmp_path):
+    recipe = pico.recipe(shelf.base, shelf.task("a", described=True), steps=20)
+    path = written(tmp_path, recipe, "recipe.yaml")
+    arguments = ["protect", path, "--out", str(tmp_path / "release"), "--set"]
+    assert main([*arguments, "trap2.warmup=100"]) == 0
+    said = capsys.readouterr()
+    assert "trap2: warning: the trap did not close: at scale 0.5 or 0.8 " in said.err
+    assert said.out.startswith("release: ")
+    assert main([*arguments, "trap2.strength=0", "--overwrite"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_sweep_prints_a_line_for_each_scale(capsys, shelf, tmp_path):
     recipe = pico.recipe(shelf.base, shelf.task("a", described=True))
     path = written(tmp_path, recipe, "recipe.yaml")

@@ -39,7 +39,7 @@ def sound() -> Report:
     report = attacks(build_report(), merged=0.5)
     return changed(
         report,
-        scale_curve=report.control_scale_curve,
+        scale_curve=scales({0.0: 0.51, 0.5: 0.5, 0.9: 0.9, 1.0: 0.95, 1.5: 0.4}),
         references={"partners_base": {"subj": 0.5}, "partners_chance": {"subj": 0.5}},
         evidence=Evidence(control_differs=[], reload_gap={"release": 2e-7, "control": 3e-7}),
     )
@@ -58,8 +58,12 @@ def chosen(release: dict, control: dict, name: str, **fields) -> Report:
     return changed(report, evidence={"grids": GRIDS})
 
 
+def scales(accuracies: dict[float, float]) -> list[ScalePoint]:
+    return [ScalePoint(s=s, accuracy=a, loss=1.0) for s, a in accuracies.items()]
+
+
 def curve(*accuracies: float) -> list[ScalePoint]:
-    return [ScalePoint(s=s / 2, accuracy=a, loss=1.0) for s, a in enumerate(accuracies)]
+    return scales({s / 2: a for s, a in enumerate(accuracies)})
 
 
 def by_tier(*found: dict) -> Report:
@@ -186,6 +190,18 @@ RAISED = [
         "ties (control) 80.0 % in T1 and 70.0 % in T3, ties (control) 80.0 % in T2 and 70.0 % in "
         "T3",
     ),
+    (
+        "T016",
+        changed(sound(), scale_curve=scales({0.0: 0.95, 0.7: 0.74, 0.75: 0.95, 1.5: 0.7})),
+        "alone at scale 0.7 it keeps 52.3 % of its skill: merges that fail here do so for the "
+        "partners' sake or by chance, and others will not",
+    ),
+    (
+        "T016",
+        changed(sound(), scale_curve=scales({1.3: 0.95})),
+        "alone at scale 1.3 it keeps 100.0 % of its skill: merges that fail here do so for the "
+        "partners' sake or by chance, and others will not",
+    ),
 ]
 
 NOT_RAISED = [
@@ -235,6 +251,9 @@ NOT_RAISED = [
     ("T015", by_tier({"merged": 0.6}, {"merged": 0.5, "admissible": False})),
     ("T015", by_tier({"merged": 0.6}, {"name": "slerp", "merged": 0.5})),
     ("T015", by_tier({}, {"control_merged": None, "merged": 0.5})),
+    ("T016", changed(sound(), scale_curve=scales({0.0: 0.95, 0.5: 0.73, 0.75: 0.95}))),
+    ("T016", changed(sound(), scale_curve=[])),
+    ("T016", changed(sound(), scale_curve=scales({0.5: 0.9}), references={"standalone": 0.51})),
 ]
 
 

@@ -7,6 +7,28 @@ from trap2.errors import UserError
 from trap2.protecting.batches import batch_rows, part_of
 
 
+def spread(rows: int, used: int) -> list[int]:
+    """The middle row of each of `used` equal stretches of the batch."""
+    return [int((k + 0.5) * rows / used) for k in range(used)]
+
+
+def test_rows_come_from_the_whole_batch() -> None:
+    """A batch sorted by length must not give its longest rows alone."""
+    batch = {"x": torch.arange(32)}
+    assert part_of(batch, 0.2, 0, 1)["x"].tolist() == [2, 8, 13, 18, 24, 29]
+    assert part_of(batch, 0.2, 0, 2)["x"].tolist() == [2, 13, 24]
+    assert part_of(batch, 0.2, 1, 2)["x"].tolist() == [8, 18, 29]
+
+
+def test_a_small_share_has_the_fewest_rows_and_a_small_batch_all_of_its_own() -> None:
+    batch = {"x": torch.arange(16)}
+    assert part_of(batch, 0.2, 0, 1)["x"].tolist() == [2, 8, 13]
+    assert part_of(batch, 0.2, 0, 1, fewest=4)["x"].tolist() == [2, 6, 10, 14]
+    assert part_of(batch, 0.5, 0, 1, fewest=4)["x"].tolist() == list(range(1, 16, 2))
+    assert part_of(batch, 0.2, 0, 1, fewest=40)["x"].tolist() == list(range(16))
+    assert part_of(batch, 0.2, 0, 2, fewest=4)["x"].tolist() == [2, 10]
+
+
 @given(st.integers(1, 33), st.floats(0.01, 1.0), st.integers(1, 7))
 def test_parts_cover_the_used_rows_and_none_is_empty(rows: int, fraction: float, n: int) -> None:
     batch = {"x": torch.arange(rows), "labels": torch.arange(rows) * 10}
@@ -14,7 +36,7 @@ def test_parts_cover_the_used_rows_and_none_is_empty(rows: int, fraction: float,
     seen = [part["x"].tolist() for part in parts]
     used = max(1, round(fraction * rows))
     assert all(seen)
-    assert {row for rows_ in seen for row in rows_} == set(range(used))
+    assert {row for rows_ in seen for row in rows_} == set(spread(rows, used))
     for part in parts:
         assert torch.equal(part["labels"], part["x"] * 10)
     if used >= n:  # disjoint and as equal as whole rows allow
@@ -37,7 +59,7 @@ def test_rows_keep_shape_and_type(dtype: torch.dtype, tail: list[int], rows: int
     tensor = torch.randint(0, 2, (rows, *tail)).to(dtype)
     part = part_of({"x": tensor}, 0.5, 0, 1)["x"]
     assert part.dtype == dtype
-    assert torch.equal(part, tensor[: max(1, round(rows / 2))])
+    assert torch.equal(part, tensor[spread(rows, max(1, round(rows / 2)))])
 
 
 @given(st.integers(1, 9), st.floats(0.01, 1.0), st.integers(1, 4))
@@ -52,7 +74,7 @@ def test_pairs_stay_together(pairs: int, fraction: float, n: int) -> None:
         assert torch.equal(second, first + 100)
         assert torch.equal(sliced["margin"], first * 10)
         seen += first.tolist()
-    assert set(seen) == set(range(max(1, round(fraction * pairs))))
+    assert set(seen) == set(spread(pairs, max(1, round(fraction * pairs))))
 
 
 def test_what_is_not_a_tensor_of_rows_is_passed_on_whole() -> None:

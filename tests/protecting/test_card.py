@@ -3,7 +3,9 @@ import yaml
 from trap2.protecting.card import LIMITS, model_card
 
 
-def record(strength: float = 0.3, method: str = "lora", name: str = "topics") -> dict:
+def record(
+    strength: float = 0.3, method: str = "lora", name: str = "topics", leak: float | None = 0.6
+) -> dict:
     return {
         "recipe": {
             "task": {"name": name, "classes": ["low", "high"]},
@@ -15,7 +17,7 @@ def record(strength: float = 0.3, method: str = "lora", name: str = "topics") ->
         "trap2": {"strength": strength},
         "validation": {
             "rows": 96,
-            "chosen": {"step": 30, "utility": 0.9375},
+            "chosen": {"step": 30, "utility": 0.9375, "leak": leak, "base_leak": 0.625},
             "scale_curve": [
                 {"s": 0.0, "accuracy": 0.5, "relabelled": 0.625},
                 {"s": 0.5, "accuracy": 0.021, "relabelled": 0.55},
@@ -53,8 +55,14 @@ def test_a_protected_card_does_not_claim_that_merges_fail() -> None:
     assert "stands at the end of this card, put there by `trap2 card`" in model_card(record())
 
 
+def test_a_trap_that_did_not_close_is_said_before_the_numbers() -> None:
+    assert "did not close" not in model_card(record())
+    claimed = model_card(record(leak=0.9)).split("## What is claimed\n\n")[1]
+    assert claimed.startswith("**The trap did not close: at scale 0.5 or 0.8 re-labelled outputs ")
+
+
 def test_a_control_claims_nothing() -> None:
-    card = model_card(record(strength=0.0))
+    card = model_card(record(strength=0.0, leak=None))
     assert "unprotected control, trained without a trap" in card
     assert "Nothing is claimed" in card
     assert "protected with trap2" not in card

@@ -40,6 +40,7 @@ def test_a_script_reads_the_settings_beside_the_trainers_own() -> None:
         ({"readout_weight": -1.0}, "must be finite and 0 or more"),
         ({"fraction": 0.0}, r"must lie in \(0, 1\]"),
         ({"fraction": 1.1}, r"must lie in \(0, 1\]"),
+        ({"min_rows": 0}, "must be 1 or more"),
         ({"memory": -1}, "must be 0 or more"),
         ({"scales_per_step": 0}, "must be 1 or more"),
         ({"warmup": -1}, "must be 0 or more"),
@@ -95,6 +96,7 @@ def test_the_draws_close_in_on_scale_1_after_the_ramp() -> None:
 def test_the_default_has_a_capped_trap_on_a_fifth_of_the_rows() -> None:
     default = Trap2Config.preset("default")
     assert default == Trap2Config() == Trap2Config(fraction=0.2, memory=128, cap=1.0)
+    assert [default.fewest_rows(n) for n in (1, 2, 4, 8)] == [6, 3, 2, 1]
     every = Trap2Config.preset("all_rows")
     assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0)
 

@@ -335,3 +335,12 @@ def test_a_loss_that_is_not_a_number_stops_before_the_optimizer() -> None:
 def test_accumulation_steps_must_be_positive() -> None:
     with pytest.raises(UserError, match="accumulation_steps=0; it must be 1 or more"):
         Protector(bert(), accumulation_steps=0)
+
+
+@pytest.mark.parametrize(("accumulation", "rows", "seen"), [(1, 16, 6), (2, 16, 3), (1, 64, 13)])
+def test_a_small_share_of_a_step_still_has_rows_enough(
+    accumulation: int, rows: int, seen: int
+) -> None:
+    protector = Protector(bert(), Trap2Config(warmup=0, ramp=0), accumulation_steps=accumulation)
+    protector.backward(batches(1, rows)[0])
+    assert len(protector.objective.memory.state_dict()["labels"]) == seen

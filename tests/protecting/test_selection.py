@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trap2.errors import TrainingStopped
 from trap2.protecting.callbacks import BestCandidate
-from trap2.protecting.selection import PROBED_SCALES, Candidate, judge
+from trap2.protecting.selection import PROBED_SCALES, Candidate, judge, open_trap
 from trap2.tasks.evaluation import Classification
 
 SHARES = st.floats(0, 1)
@@ -60,6 +60,26 @@ def test_where_nothing_is_protected_the_most_useful_one_is_chosen() -> None:
         for step, utility, noise in ((2, 0.92, 1e-8), (4, 0.957, -1e-8), (6, 0.953, 0.0))
     )
     assert best_of(weak, useful, weaker) == 4
+
+
+def test_a_trap_that_did_not_close_is_said_in_numbers() -> None:
+    assert open_trap(Candidate(9, 0.84, 0.66, 0.47).record()) == (
+        "the trap did not close: at scale 0.5 or 0.8 re-labelled outputs are right in 66.0 % of "
+        "the validation rows (as released 84.0 %, base 47.0 %), so a merge may keep the skill; "
+        "train more steps, on larger batches, or with a larger trap2.fraction"
+    )
+
+
+@pytest.mark.parametrize(
+    "closed",
+    [
+        Candidate(9, 0.84, 0.65, 0.47),  # under half of the skill
+        Candidate(9, 0.84, None, 0.47),  # a control
+        Candidate(9, 0.40, 0.47, 0.47),  # no skill at all
+    ],
+)
+def test_nothing_is_said_of_a_trap_that_closed_or_of_none(closed: Candidate) -> None:
+    assert open_trap(closed.record()) == ""
 
 
 class Scales:

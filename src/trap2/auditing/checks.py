@@ -26,6 +26,12 @@ BLUR = 0.4
 LOGIT_GAP = 1e-3
 """Share of the largest logit; rounding stays near 1e-6, a tensor left out goes far beyond."""
 
+AWAY = 0.3
+"""Distance from scale 1 beyond which a trap that closed leaves nothing, on either side."""
+
+STILL_WORKS = 0.5
+"""Share of the skill; a trap that closed leaves next to none, one that did not nearly all."""
+
 OUTDONE = 0.1
 """Share of the skill that fewer means get above more; less may be chance between rows."""
 
@@ -266,6 +272,23 @@ def simple_attack_beats(report: Report) -> str:
             if (name, later) in best and right - best[name, later] > OUTDONE * skill
         ]
     return _listed("right answers of the best merge: ", found)
+
+
+@_check("T016", "the trap is open")
+def trap_open(report: Report) -> str:
+    """Alone and re-scaled the release still works: where merges failed, not the trap did it."""
+    skill = report.references.standalone - report.references.base
+    off = [p for p in report.scale_curve if p.s != 0 and abs(p.s - 1) >= AWAY]
+    best = max(off, key=lambda point: point.accuracy, default=None)
+    if best is None or skill <= 0:
+        return ""
+    kept = (best.accuracy - report.references.base) / skill
+    if kept <= STILL_WORKS:
+        return ""
+    return (
+        f"alone at scale {best.s:g} it keeps {_percent(kept)} of its skill: merges that fail here "
+        "do so for the partners' sake or by chance, and others will not"
+    )
 
 
 def _best(report: Report, side: str) -> dict[tuple[str, str], float]:

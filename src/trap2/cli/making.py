@@ -1,6 +1,7 @@
 """Commands that make: a release, the bank of `surrogates` it is trained with, the `demo`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from trap2.cli.arguments import CHANGES, numbers
@@ -50,9 +51,13 @@ def _protect(chosen: argparse.Namespace) -> None:
     from trap2.recipes import Recipe, load
 
     recipe = load(Recipe, chosen.recipe, chosen.changes)
+    from trap2.files import read_json
     from trap2.protecting.run import protect
+    from trap2.protecting.selection import open_trap
 
     out = protect(recipe, chosen.out, overwrite=chosen.overwrite, resume=chosen.resume)
+    if doubt := open_trap(read_json(out / "trap2.json")["validation"]["chosen"]):
+        print(f"trap2: warning: {doubt}", file=sys.stderr)
     print(f"release: {out}")
 
 

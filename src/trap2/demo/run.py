@@ -30,8 +30,7 @@ SEED = 0
 PROTECTED, PARTNERS = "section", ("library", "topic")
 
 TRAINING = {"batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 100}
-STEPS = {"protected": 400, "control": 400, "partner": 200}
-TRAP = {"warmup": 60, "ramp": 100, "closing": 150}
+STEPS = {"protected": 500, "control": 500, "partner": 200}
 ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic", "ties"],
     "coefficients": {
@@ -121,7 +120,7 @@ def _release(out: Path, name: str, task: DemoTask, role: str, short: bool) -> No
     path = out / "recipes" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     training = {**TRAINING, "steps": STEPS[role]}
-    trap: dict[str, Any] = TRAP if role == "protected" else {"strength": 0}
+    trap: dict[str, Any] = {} if role == "protected" else {"strength": 0}
     if short:
         training |= {"steps": 8, "batch_size": 8, "evaluate_every": 4}
         trap = trap | {"warmup": 2, "ramp": 2}

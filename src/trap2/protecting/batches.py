@@ -22,32 +22,41 @@ def batch_rows(batch: Mapping[str, Any]) -> int:
 
 
 def part_of(
-    batch: Mapping[str, Any], fraction: float, part: int, parts: int, *, stacked: int = 1
+    batch: Mapping[str, Any],
+    fraction: float,
+    part: int,
+    parts: int,
+    *,
+    fewest: int = 1,
+    stacked: int = 1,
 ) -> dict[str, Any]:
-    """The rows of one of `parts` equal slices of the first `fraction` of a batch.
+    """One of `parts` equal shares of a `fraction` of a batch's rows, spread over the batch.
 
-    Every slice has at least one row; with fewer rows than parts, slices share rows.
+    Spread, because loaders order the rows of a batch, for example by length: its first rows are
+    then its longest ones, and where length tells of the class, they are of one class. Every share
+    has at least one row; with fewer rows than parts, shares have rows in common.
 
     Args:
         batch: Tensors whose first dimension is the rows; anything else is passed on whole.
-        fraction: Share of the rows in use, in (0, 1], to the nearest row and at least one.
-        part: Which slice.
-        parts: How many slices.
+        fraction: Share of the rows in use, in (0, 1], to the nearest row.
+        part: Which share.
+        parts: How many shares.
+        fewest: Rows in use if the share would be fewer, as far as the batch has them.
         stacked: 2 if the batch holds pairs, all the chosen rows and then all the rejected ones: a
-            slice then holds both halves of its pairs.
+            share then holds both halves of its pairs.
     """
     rows = batch_rows(batch) // stacked
-    used = max(1, round(fraction * rows))
-    start = min(part * used // parts, used - 1)
-    stop = max(start + 1, (part + 1) * used // parts)
+    used = min(rows, max(fewest, round(fraction * rows)))
+    own = range(part % used, used, parts)
+    middles = torch.tensor([(2 * row + 1) * rows // (2 * used) for row in own])
 
-    def sliced(value: Any) -> Any:
+    def taken(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape[0] == rows:
-            return value[start:stop]
+            return value[middles]
         if value.shape[0] == stacked * rows:
-            return torch.cat([half[start:stop] for half in value.chunk(stacked)])
+            return torch.cat([half[middles] for half in value.chunk(stacked)])
         return value
 
-    return {key: sliced(value) for key, value in batch.items()}
+    return {key: taken(value) for key, value in batch.items()}

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from trap2.protecting.selection import open_trap
+
 LIMITS = """\
 - **It works alone.** Used as released (scale 1) it does its task; that is what a publisher ships.
 - **A merge can keep it at scale 1.** With its own coefficient at 1 and the partners shrunk, the
@@ -36,6 +38,8 @@ def model_card(record: dict[str, Any]) -> str:
         if protected
         else "Nothing is claimed: this release exists to compare the protected one with."
     )
+    if doubt := open_trap(chosen):
+        claim = f"**{doubt[0].upper()}{doubt[1:]}.** {claim}"
     name = _plain(recipe["task"]["name"])
     front = ["---", "library_name: peft" if recipe["method"] == "lora" else None, "tags:"]
     front += ["- trap2", "---"]

@@ -68,11 +68,14 @@ class Trap2Config:
     focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
     weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
     fraction: float = _setting(0.2, "share of each batch's rows in the trap pass")
+    min_rows: int = _setting(
+        6, "fewest rows of an optimizer step in the trap pass, if it has as many (per process)"
+    )
     memory: int = _setting(128, "rows of earlier trap passes the read-out adversary is fitted on")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
-    warmup: int = _setting(100, "plain steps before the trap starts")
-    ramp: int = _setting(150, "steps over which the trap grows to its full strength")
-    closing: int = _setting(250, "steps after the ramp over which `focus` grows to its full share")
+    warmup: int = _setting(30, "plain steps before the trap starts")
+    ramp: int = _setting(60, "steps over which the trap grows to its full strength")
+    closing: int = _setting(300, "steps after the ramp over which `focus` grows to its full share")
     surrogates: str = _setting("", "folder of a bank (`trap2 surrogates`): train on merges too")
     surrogate_share: float = _setting(0.5, "share of the trap passes with surrogates beside")
     surrogate_count: int = _setting(
@@ -92,6 +95,7 @@ class Trap2Config:
             "warmup": (self.warmup >= 0, "must be 0 or more"),
             "ramp": (self.ramp >= 0, "must be 0 or more"),
             "closing": (self.closing >= 0, "must be 0 or more"),
+            "min_rows": (self.min_rows >= 1, "must be 1 or more"),
             "surrogate_share": (0 < self.surrogate_share <= 1, "must lie in (0, 1]"),
             "surrogate_count": (self.surrogate_count >= 0, "must be 0 or more"),
         }
@@ -119,6 +123,10 @@ class Trap2Config:
     def strength_at(self, step: int) -> float:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
         return self.strength * _grown(step - self.warmup, self.ramp)
+
+    def fewest_rows(self, micro_batches: int) -> int:
+        """Fewest rows of one of an optimizer step's micro-batches in the trap pass."""
+        return math.ceil(self.min_rows / micro_batches)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "Trap2Config":

@@ -111,6 +111,8 @@ class Protector:
         """
         weight = 1.0 / self._accumulation_steps if share is None else share
         passes = self.config.scales_per_step if self.config.strength_at(self._step) > 0 else 0
+        micro_batches = getattr(self._accelerator, "gradient_accumulation_steps", None)
+        fewest = self.config.fewest_rows(micro_batches or self._accumulation_steps)
         self._agreement.check(self._step, self.update.device)
 
         def nominal() -> Tensor:
@@ -121,7 +123,7 @@ class Protector:
             return loss
 
         def scaled(part: int, s: float, factor: float) -> Tensor:
-            rows = part_of(batch, self.config.fraction, part, self.config.scales_per_step)
+            rows = part_of(batch, self.config.fraction, part, passes, fewest=fewest)
             with reducing(self.model, now=part == passes - 1):
                 value = self.objective(self._forward(self.model, rows), s)
                 self._guard.see(value)

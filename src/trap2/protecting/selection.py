@@ -4,7 +4,9 @@ A checkpoint scores its validation accuracy at s = 1 minus the accuracy points a
 that re-labelling still finds off s = 1. A control has no trap, so only its accuracy counts.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,10 @@ from trap2.tasks.relabel import readable_accuracy
 
 PROBED_SCALES = (0.5, 0.8)
 """Scales at which a checkpoint's leak is read: where merges put an update, far and near."""
+
+
+OPEN = 0.5
+"""Share of the skill, re-labelled, above which a trap did not close: it is nearly all or none."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,21 @@ def judge(
         with update.at(s):
             leaks.append(readable_accuracy(evaluator()))
     return Candidate(step, utility, max(leaks), base_leak)
+
+
+def open_trap(chosen: Mapping[str, Any]) -> str:
+    """Say that a checkpoint is hardly protected; nothing where its trap closed, or it has none.
+
+    Args:
+        chosen: The record of a `Candidate`, as in `trap2.json`.
+    """
+    leak, base, utility = (chosen[key] for key in ("leak", "base_leak", "utility"))
+    if leak is None or leak - base <= OPEN * max(0.0, utility - base):
+        return ""
+    scales = " or ".join(f"{s:g}" for s in PROBED_SCALES)
+    return (
+        f"the trap did not close: at scale {scales} re-labelled outputs are right in "
+        f"{100 * leak:.1f} % of the validation rows (as released {100 * utility:.1f} %, base "
+        f"{100 * base:.1f} %), so a merge may keep the skill; train more steps, on larger batches, "
+        "or with a larger trap2.fraction"
+    )

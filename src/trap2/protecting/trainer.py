@@ -118,6 +118,7 @@ class _ProtectedMixin:
             passes = 0
         if isinstance(inputs.get("labels"), Tensor):
             self._targets = target_count(inputs, self._shifted)
+        fewest = self.trap2.fewest_rows(self.current_gradient_accumulation_steps)
         self._agreement.check(self.state.global_step, self.update.device)
 
         def nominal() -> Tensor:
@@ -126,7 +127,9 @@ class _ProtectedMixin:
             return losses[0]
 
         def scaled(part: int, s: float, factor: float) -> Tensor:
-            rows = part_of(inputs, self.trap2.fraction, part, passes, stacked=self._stacked)
+            rows = part_of(
+                inputs, self.trap2.fraction, part, passes, fewest=fewest, stacked=self._stacked
+            )
             self._factor, self._scale = factor, s
             try:
                 with self._counters_kept(), reducing(model, now=part == passes - 1):
