@@ -47,6 +47,56 @@ def test_figures_and_table_of_a_bench_are_those_of_its_runs(name, bench):
     assert written.endswith(module.table(runs))
 
 
+def attack(tier: str, rows: int, kept: float, control: float) -> dict:
+    return {"tier": tier, "relabel_rows": rows, "retained": kept, "control_retained": control}
+
+
+def audited(cost: float, *attacks: dict) -> dict:
+    references = {"base": 0.5, "control": 0.9, "standalone": 0.9 - cost}
+    return {"references": references, "utility_cost": cost, "attacks": list(attacks)}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds of the default on one text task, another setting, and a language model."""
+    first = audited(0.02, attack("T1", 0, 0.1, 0.9), attack("T1", 0, 0.2, 1.0))
+    second = audited(0.04, attack("T1", 0, 0.0, 0.8), attack("T2", 300, 0.5, 0.7))
+    second["attacks"] += [attack("T2", 30, 0.9, 0.9), attack("T3", 30, 0.6, 0.9)]
+    text = {"lora/default/subj/0": first, "lora/default/subj/1": second}
+    text["lora/paper/subj/0"] = audited(0.5, attack("T1", 0, 1.0, 1.0))
+    (tmp_path / "first_bench.json").write_text(json.dumps({"runs": text}))
+    language = {"full/0": audited(0.01, attack("T1", 0, 0.3, 1.0))}
+    (tmp_path / "language.json").write_text(json.dumps({"runs": language}))
+    return tmp_path
+
+
+def test_what_is_protected_is_averaged_over_seeds_and_then_over_tasks(results):
+    module = _loaded("protection")
+    module.RESULTS, module.OUT = results, results / "protection.json"
+    module.main()
+    record = json.loads((results / "protection.json").read_text())
+    text = record["lines"]["text/lora/subj"]
+    assert record["lines"].keys() == {"text/lora/subj", "language/full/shakespeare"}
+    assert (text["seeds"], text["t1_unmergeability"]) == ([0, 1], pytest.approx((0.8 + 1.0) / 2))
+    assert record["figures"] == pytest.approx(
+        {
+            "utility_cost_mean": (0.03 + 0.01) / 2,
+            "utility_cost_max": 0.03,
+            "t1_unmergeability_mean": (0.9 + 0.7) / 2,
+            "t1_unmergeability_mean_control": (0.1 + 0.0) / 2,
+            "t2_unmergeability_mean": 0.5,  # of the only run that has it, 300 rows alone
+            "t2_unmergeability_mean_control": 0.3,
+            "t3_unmergeability_mean": 0.4,
+            "t3_unmergeability_mean_control": 0.1,
+        },
+        abs=1e-9,
+    )
+    written = (results / "protection.md").read_text()
+    assert written.count("\n| ") == 3  # the head and two lines
+    assert "| 50.0 | 90.0 | 87.0 | 3.0 | 90 (10) | 50 (30) | 40 (10) |" in written
+    assert "| 50.0 | 90.0 | 89.0 | 1.0 | 70 (0) | - | - |" in written
+
+
 @pytest.fixture(scope="module")
 def bench(pico_base):
     """The benchmark's module, with one set of pico releases."""
