@@ -74,6 +74,35 @@ def test_without_a_cap_nothing_is_changed_and_no_hook_is_set() -> None:
         torch.testing.assert_close(gradient, capless[name])
 
 
+@pytest.mark.parametrize("make", [llama, lora])
+def test_what_the_cap_saw_is_recorded(make: Callable[[], nn.Module]) -> None:
+    free = replace(DECOY, strength=3.0)
+    task, both = gradients(make, OFF), gradients(make, free)
+    traps = {name: both[name] - g for name, g in task.items()}
+    kept = [
+        min(1.0, (g.norm() / traps[n].norm().clamp(min=1e-300)).item()) for n, g in task.items()
+    ]
+    against = [bool((g * traps[name]).sum() < 0) for name, g in task.items()]
+    protector = Protector(make().double(), replace(free, cap=1.0))
+    move(protector.model)
+    protector.backward(BATCH)
+    assert protector.last is not None
+    seen = protector.last.pressure
+    assert seen is not None
+    assert seen.kept == pytest.approx(sum(kept) / len(kept), rel=1e-4)
+    assert seen.conflict == pytest.approx(sum(against) / len(against))
+    assert 0 < seen.conflict < 1
+    assert 0 < seen.kept < 1
+
+
+def test_without_a_cap_or_a_trap_there_is_nothing_to_record() -> None:
+    for config in (STRONG, replace(OFF, cap=1.0), replace(STRONG, cap=1.0, warmup=1)):
+        protector = Protector(lora(), config)
+        protector.backward(BATCH)
+        assert protector.last is not None
+        assert protector.last.pressure is None
+
+
 def test_every_micro_batch_is_judged_by_itself() -> None:
     parts = [stacked(ragged()[:2]), stacked(ragged()[2:])]
     config = replace(STRONG, cap=1.0)

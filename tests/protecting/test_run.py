@@ -1,6 +1,7 @@
 """`protect` end to end: the release, its independence of this package, interruption and resume."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -266,6 +267,13 @@ def test_the_record_tells_how_a_release_was_made(releases: Any, head: str, metho
     weights = {p.name: file_digest(p) for p in out.glob("*.safetensors")}
     assert record["digests"]["files"] == weights
     assert record["dropped_traps"] == 0
+    log = record["log"]
+    every = math.gcd(10, recipe.training.evaluate_every)
+    assert [entry["step"] for entry in log] == [*range(every, recipe.training.steps + 1, every)]
+    assert all(entry["loss"] > 0 for entry in log)
+    assert "trap2/trap_loss" not in log[0]  # the warm-up
+    assert {"trap2/trap_loss", "trap2/scale", "trap2/strength", "trap2/kept"} <= {*log[-1]}
+    assert all(0 <= entry["trap2/conflict"] <= 1 for entry in log[2:])
     validation = record["validation"]
     assert validation["rows"] == len(trained.labels)
     assert validation["chosen"] in validation["history"]
@@ -406,6 +414,7 @@ def same_release(one: Path, two: Path) -> None:
     records = [json.loads((out / "trap2.json").read_text()) for out in (one, two)]
     assert records[0]["validation"] == records[1]["validation"]
     assert records[0]["digests"] == records[1]["digests"]
+    assert records[0]["log"] == records[1]["log"]
 
 
 def test_an_interrupted_run_is_kept_and_resumed_to_the_same_bits(

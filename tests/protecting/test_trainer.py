@@ -174,6 +174,8 @@ def test_logs_hold_the_nominal_loss_and_the_traps_own_numbers(tmp_path: Path) ->
     assert protected[-1]["trap2/trap_loss"] == trainer.last.trap
     assert [entry.get("trap2/strength") for entry in protected] == [None, 0.2, 0.4, 0.4]
     assert "trap2/trap_loss" not in protected[0]
+    assert protected[-1]["trap2/kept"] == trainer.last.pressure.kept
+    assert protected[-1]["trap2/conflict"] == trainer.last.pressure.conflict
     off, _ = run(protect_trainer(Trainer), trap2=OFF)
     assert [entry["loss"] for entry in off] == [entry["loss"] for entry in plain]
     assert not any(key.startswith("trap2/") for entry in off for key in entry)

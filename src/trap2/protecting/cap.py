@@ -15,12 +15,27 @@ scaler or an accumulation puts on the losses, so the ratio is free of it.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trap2.protecting.wrappers import is_sharded
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """What the trap asked for in one step, against the task; shares are over tensors.
+
+    Attributes:
+        kept: Mean share of its gradient that the cap left: 1 where it was under the cap.
+        conflict: Share of tensors whose trap gradient pointed away from what the optimizer step
+            had gathered so far, the nominal gradient first of all.
+    """
+
+    kept: float
+    conflict: float
 
 
 class Cap:
@@ -37,11 +52,22 @@ class Cap:
     def __init__(self, model: nn.Module, multiple: float) -> None:
         self._model, self._multiple = model, multiple
         self._squares: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []
+        self._opposed: list[Tensor] = []
+
+    @property
+    def pressure(self) -> Pressure | None:
+        """Of the trap passes since the last nominal one; None where no gradient was held."""
+        if not self._kept:
+            return None
+        numbers = torch.stack([torch.stack(self._kept), torch.stack(self._opposed)]).mean(1)
+        kept, conflict = numbers.tolist()
+        return Pressure(kept, conflict)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Around the nominal pass: take note of its gradients' norms."""
-        self._squares = {}
+        self._squares, self._kept, self._opposed = {}, [], []
         with self._hooked(self._note):
             yield
 
@@ -52,30 +78,46 @@ class Cap:
             yield
 
     @contextmanager
-    def _hooked(self, act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    def _hooked(self, act: Callable[[int, nn.Parameter, Tensor], Tensor | None]) -> Iterator[None]:
         with ExitStack() as stack:
             parameters = self._model.parameters() if self._multiple > 0 else ()
             for place, parameter in enumerate(parameters):
                 if parameter.requires_grad and not is_sharded(parameter):
-                    hook = parameter.register_hook(_at(place, act))  # type: ignore[no-untyped-call]
+                    hook = parameter.register_hook(_at(place, parameter, act))  # type: ignore[no-untyped-call]
                     stack.callback(hook.remove)
             yield
 
-    def _note(self, place: int, grad: Tensor) -> None:
+    def _note(self, place: int, parameter: nn.Parameter, grad: Tensor) -> None:
         # Checkpointed segments may hand over a shared tensor's gradient in parts.
         self._squares[place] = self._squares.get(place, grad.new_zeros(())) + _square(grad)
 
-    def _held(self, place: int, grad: Tensor) -> Tensor:
+    def _held(self, place: int, parameter: nn.Parameter, grad: Tensor) -> Tensor:
         grad = grad.coalesce() if grad.is_sparse else grad
         own = self._squares.get(place)
         if own is None:  # the task does not move it, so the trap must not either
             return torch.zeros_like(grad)
         share = self._multiple * (own / _square(grad)).sqrt()
-        return grad * torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0).to(grad.dtype)
+        share = torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0)
+        self._kept.append(share.float())
+        self._opposed.append((_product(parameter.grad, grad) < 0).float())
+        return grad * share.to(grad.dtype)
 
 
-def _at(place: int, act: Callable[[int, Tensor], Tensor | None]) -> Callable[[Tensor], Any]:
-    return lambda grad: act(place, grad)
+def _at(
+    place: int, parameter: nn.Parameter, act: Callable[[int, nn.Parameter, Tensor], Tensor | None]
+) -> Callable[[Tensor], Any]:
+    return lambda grad: act(place, parameter, grad)
+
+
+def _product(gathered: Tensor | None, grad: Tensor) -> Tensor:
+    """Inner product with what is in `.grad`; 0 where nothing is."""
+    if gathered is None:
+        return grad.new_zeros(())
+    if gathered.is_sparse:
+        gathered = gathered.to_dense()
+    if grad.is_sparse:  # of an embedding: rows of the table
+        gathered, grad = gathered[grad.indices()[0]], grad.values()
+    return torch.dot(gathered.flatten(), grad.to(gathered.dtype).flatten())
 
 
 def _square(grad: Tensor) -> Tensor:

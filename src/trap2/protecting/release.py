@@ -34,6 +34,7 @@ def write_release(
     chosen: dict[str, Any],
     seconds: float,
     dropped: int,
+    log: list[dict[str, float]],
     surrogates: Sequence[str],
 ) -> None:
     """Fill a release folder.
@@ -50,6 +51,7 @@ def write_release(
         chosen: Scores of the released one.
         seconds: Duration of the training.
         dropped: Trap passes that were not finite and were left out.
+        log: What the trainer logged: means over the steps since the entry before.
         surrogates: Tasks of the surrogates it was trained against.
     """
     _save_weights(folder, model, validation)
@@ -74,9 +76,15 @@ def write_release(
             "history": history,
             "scale_curve": scale_curve(update, validation),
         },
+        "log": [_rounded(entry) for entry in log if "loss" in entry],
     }
     write_json(folder / "trap2.json", record)
     write_text(folder / "README.md", model_card(record))
+
+
+def _rounded(entry: dict[str, float]) -> dict[str, float]:
+    """To five digits: a log is for reading."""
+    return {k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in entry.items()}
 
 
 def scale_curve(update: LiveUpdate, evaluator: Evaluator) -> list[dict[str, float | None]]:

@@ -5,6 +5,7 @@ candidate so far. The release folder appears whole at the end or not at all.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -130,8 +131,7 @@ def protect(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
     started = time.monotonic()
-    title = f"{task.name} {_kind(config)}"
-    with tqdm(total=recipe.training.steps, desc=title, disable=quiet) as bar:
+    with tqdm(total=recipe.training.steps, desc=_title(task, config), disable=quiet) as bar:
         trainer.add_callback(ProgressBar(trainer, bar))
         _train(trainer, work, resume)
     best.restore()
@@ -148,6 +148,7 @@ def protect(
             chosen=best.chosen.record(),
             seconds=time.monotonic() - started,
             dropped=trainer.dropped,
+            log=trainer.state.log_history,
             surrogates=trainer.surrogates.tasks if trainer.surrogates else (),
         )
     shutil.rmtree(work)
@@ -202,8 +203,8 @@ class EpochTrainer(Trainer):
         return ByLength(rows, train_dataset or self.train_dataset, self.args.seed)
 
 
-def _kind(config: Trap2Config) -> str:
-    return "without a trap" if config.strength == 0 else "with the trap"
+def _title(task: TaskSpec, config: Trap2Config) -> str:
+    return f"{task.name} {'without a trap' if config.strength == 0 else 'with the trap'}"
 
 
 def _check_claim(work: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -248,7 +249,7 @@ def _arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         seed=recipe.seed,
         save_steps=spec.evaluate_every,
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=math.gcd(10, spec.evaluate_every),  # a checkpoint cuts no mean in two
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),

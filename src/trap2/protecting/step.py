@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trap2.errors import TrainingStopped
-from trap2.protecting.cap import Cap
+from trap2.protecting.cap import Cap, Pressure
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
@@ -33,13 +33,14 @@ class StepRecord:
     """One step: nominal loss, trap loss (None while there is no trap), and its scales.
 
     `dropped` counts the trap passes that were not finite and left no gradient; `trap` is the mean
-    over the others.
+    over the others. `pressure` is what the cap saw of their gradients, if there is one.
     """
 
     nominal: float
     trap: float | None
     scales: tuple[float, ...]
     dropped: int = 0
+    pressure: Pressure | None = None
 
 
 def trap_step(
@@ -71,12 +72,11 @@ def trap_step(
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
     """
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
-    strength = config.strength_at(step)
+    strength, law = config.strength_at(step), config.law_at(step)
     with cap.listening() if cap and strength else nullcontext():
         loss = _finite(nominal(), "nominal loss", step)
     if strength == 0.0:
         return StepRecord(loss, None, ())
-    law = config.law_at(step)
     scales = law.draw(config.scale_seed, step, config.scales_per_step)
     mixes = [surrogates.mix(step, *p) if surrogates else Mix(p[1]) for p in enumerate(scales)]
     traps = []
@@ -91,7 +91,8 @@ def trap_step(
         if guard is None or guard.sound:
             traps.append(_finite(trap, "trap loss", step))
     mean = sum(traps) / len(traps) if traps else None
-    return StepRecord(loss, mean, tuple(mix.s for mix in mixes), len(mixes) - len(traps))
+    drawn, dropped = tuple(mix.s for mix in mixes), len(mixes) - len(traps)
+    return StepRecord(loss, mean, drawn, dropped, cap.pressure if cap else None)
 
 
 def _finite(loss: Tensor, what: str, step: int) -> float:

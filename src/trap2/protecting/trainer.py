@@ -281,4 +281,8 @@ class _ProtectedMixin:
             logs["trap2/scale"] = drawn[-1].scales[-1]
             logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
             logs["trap2/dropped"] = sum(record.dropped for record in drawn)
+        pressures = [record.pressure for record in drawn if record.pressure]
+        if pressures:
+            logs["trap2/kept"] = sum(p.kept for p in pressures) / len(pressures)
+            logs["trap2/conflict"] = sum(p.conflict for p in pressures) / len(pressures)
         self._records.clear()
