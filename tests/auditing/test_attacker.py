@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trap2.attacks.attack import ATTACKS, TIERS, Attack, equal, load_attacks
-from trap2.auditing.arena import CONTROL, RELEASE, Arena, Mixture
+from trap2.auditing.arena import CONTROL, RELEASE, WHOLE, Arena, Mixture
 from trap2.auditing.attacker import Attacker
 from trap2.auditing.plan import check_plan
 from trap2.errors import UserError
@@ -34,6 +34,11 @@ def answers(accuracy: float, shift: int = 0) -> Classification:
     return Classification(5.0 * torch.nn.functional.one_hot(said, 3).float(), LABELS)
 
 
+def first(found: Classification, rows: int) -> Classification:
+    """The same of the first rows."""
+    return Classification(found.outputs[:rows], found.labels[:rows])
+
+
 class Table(Arena):
     """An arena whose evaluations come from a function of the mixture instead of a model."""
 
@@ -47,13 +52,14 @@ class Table(Arena):
         self._known, self._memory, self._ahead = {}, {}, set()
         self.ledger = self.crew = None
 
-        def evaluator(member: str, split: str) -> Callable[[], Classification]:
+        def evaluator(member: str, split: str, rows: int) -> Callable[[], Classification]:
             moved = shift if shift and member == RELEASE else lambda mixture: 0
-            return lambda: answers(score(self.now, member, split), moved(self.now))
+            return lambda: first(answers(score(self.now, member, split), moved(self.now)), rows)
 
         self.members: Any = {
             member: SimpleNamespace(
-                evaluators={split: evaluator(member, split) for split in ("validation", "test")}
+                evaluators={split: evaluator(member, split, ROWS) for split in WHOLE}
+                | {"early": evaluator(member, "validation", ROWS // 4)}
             )
             for member in (RELEASE, *self.partners)
         }
@@ -150,6 +156,49 @@ def test_partners_are_looked_at_from_the_best_mixture_down_and_no_further():
     half = Mixture("task_arithmetic", (RELEASE, "p1", "p2"), (0.5, 0.5, 0.5))
     assert arena.is_known(half, RELEASE, "validation")
     assert not arena.is_known(half, "p1", "validation")
+
+
+def test_a_mixture_that_ruins_its_partners_is_given_up_after_the_first_rows():
+    def score(mixture, member, split):
+        if member == RELEASE:
+            return {0.5: 0.7, 1.0: 0.8}.get(mixture.coefficient_of(RELEASE), 0.4)
+        return {0.5: 0.8, 1.0: 0.1}.get(mixture.coefficient_of(RELEASE), 0.9)
+
+    arena = Table(score, partners=8, partners_keep=0.8)
+    catch = caught(arena)["T1", 0]
+    members = (RELEASE, *arena.partners)
+    ruined, spared = (Mixture("task_arithmetic", members, (c,) * 9) for c in (1.0, 0.5))
+    assert catch.mixture == spared
+    assert catch.unconstrained == pytest.approx(0.8)
+    for partner in arena.partners:
+        assert arena.is_known(ruined, partner, "early")
+        assert not arena.is_known(ruined, partner, "validation")
+        assert arena.is_known(spared, partner, "validation")
+
+
+@given(st.integers(0, 10**6))
+def test_what_is_given_up_early_changes_no_choice(seed):
+    def score(mixture, member, split):
+        if member != RELEASE and RELEASE in mixture.members:
+            return random.Random(f"{seed} {mixture} {member}").choice([0.05, 0.5, 0.95])
+        return drawn(seed)(mixture, member, split)
+
+    spec = {"partners": 4, "coefficients": [0.2, 0.4, 0.6, 0.8, 1.0], "partners_keep": 0.9}
+    given_up, looked_at = Table(score, **spec), Table(score, **spec)
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = caught(given_up)
+        patch.setattr(Attacker, "_is_hopeless", lambda *_: False)
+        assert caught(looked_at) == chosen
+
+
+def test_a_mixture_is_merged_once_for_all_of_its_partners():
+    arena, merged = Table(only({(1.0,) * 4: 0.8}), partners=3), []
+    inside = arena._merged
+    arena._merged = lambda mixture: merged.append(mixture) or inside(mixture)  # type: ignore[method-assign]
+    caught(arena)
+    chosen = Mixture("task_arithmetic", (RELEASE, *arena.partners), (1.0,) * 4)
+    looks = ("its own rows", "a first look", "all rows", "test rows", "its own test rows")
+    assert merged.count(chosen) <= len(looks)
 
 
 def test_validation_rows_choose_and_test_rows_score():
@@ -544,7 +593,7 @@ def test_every_suite_can_be_carried_out(name):
     assert plan(suite=name, models=2) is None
 
 
-def test_a_quick_audit_takes_at_most_400_evaluations():
+def test_a_quick_audit_reads_the_rows_at_most_400_times():
     arena = Table(drawn(0, 30), partners=3, relabel_rows=[10, 30], suite="quick")
     arena.members[CONTROL] = arena.members[RELEASE]
     for side in (RELEASE, CONTROL):
@@ -553,4 +602,5 @@ def test_a_quick_audit_takes_at_most_400_evaluations():
             list(attacker.shared(name))
         for name in arena.spec.attacker.t3_attacks:
             list(attacker.per_model(name))
-    assert arena.evaluations < 360  # the references come on top
+    rows = sum(len(found) for found in arena._known.values())
+    assert rows / ROWS < 360  # the references come on top

@@ -22,11 +22,12 @@ from trap2.auditing.contents import Content, Contents
 from trap2.auditing.ledger import Ledger
 from trap2.auditing.mixture import Mixture as Mixture
 from trap2.auditing.mixture import Split as Split
+from trap2.auditing.mixture import Whole as Whole
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
 from trap2.recipes import AuditSpec, Precision, TaskSpec
-from trap2.tasks.data import load_rows
+from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.model import Inputs, base_folder, build, load_encoder, load_head
@@ -38,6 +39,9 @@ RELEASE, CONTROL = "release", "control"
 TAKEN = ("base", RELEASE, CONTROL)
 """What a partner's task cannot be called, for the record keeps all of them by name."""
 
+EARLY = 4
+"""One validation row in so many makes a first look."""
+
 HELD_PARAMETERS = 250_000_000
 """Updates up to this size (1 GB in float32) are kept in memory; larger ones are read each time."""
 
@@ -45,6 +49,9 @@ T = TypeVar("T")
 
 Reading: TypeAlias = tuple[str, Split]
 """Whose task is read off a merge, and on which rows."""
+
+WHOLE: tuple[Whole, ...] = ("validation", "test")
+"""Where all rows are read."""
 
 Job: TypeAlias = tuple[Mixture, tuple[Reading, ...]]
 """A merge, and all that is read off it."""
@@ -79,7 +86,7 @@ class Member:
         task: TaskSpec,
         base: Path,
         encoder: nn.Module,
-        rows: Mapping[Split, int],
+        rows: Mapping[Whole, int],
         seed: int,
         precision: Precision = "float32",
         undo: str | None = None,
@@ -92,9 +99,12 @@ class Member:
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
         load_head(model, task, self.update.head, path)
-        self.rows = {
+        self.rows: dict[Split, Rows] = {
             split: load_rows(task, split, seed).first(count) for split, count in rows.items()
         }
+        if "validation" in rows:
+            known = self.rows["validation"]
+            self.rows["early"] = known.first(max(1, len(known) // EARLY))
         self.evaluators = {
             split: Evaluator(model, inputs, found, precision) for split, found in self.rows.items()
         }
@@ -138,7 +148,7 @@ class Arena:
                 f"attacker.recompute_statistics is set, but {base} has no batch-norm layers with "
                 "running statistics; remove it"
             )
-        rows: dict[Split, int] = {
+        rows: dict[Whole, int] = {
             "validation": spec.attacker.validation_rows,
             "test": spec.attacker.test_rows,
         }
@@ -168,14 +178,23 @@ class Arena:
 
     def evaluate(self, mixture: Mixture, member: str, split: Split) -> Evaluation:
         """Evaluate a member's task, with its own head, on the merged encoder."""
-        key = (mixture, member, split)
-        if key not in self._known:
-            for (name, rows), found in self._evaluated(mixture, self._due(mixture, member, split)):
-                self._known[mixture, name, rows] = found
-                self.evaluations += 1
-                if (mixture, name, rows) not in self._ahead:
-                    self.progress.tick()
-        return self._known[key]
+        return self.read(mixture, [(member, split)])[0]
+
+    def read(self, mixture: Mixture, readings: Sequence[Reading]) -> list[Evaluation]:
+        """Evaluate several tasks on one mixture, which is merged once for all of them."""
+        wanted = dict.fromkeys(readings)
+        asked = [reading for reading in wanted if (mixture, *reading) not in self._known]
+        for (name, rows), found in self._evaluated(mixture, self._due(mixture, asked)):
+            self._known[mixture, name, rows] = found
+            self.evaluations += 1
+            if (mixture, name, rows) not in self._ahead:
+                self.progress.tick()
+        return [self._known[mixture, name, rows] for name, rows in readings]
+
+    def peek(self, mixture: Mixture, readings: Sequence[Reading]) -> list[Evaluation]:
+        """The same of what the crew has made, which counts only once it is read."""
+        found = (self._recorded(mixture, *reading) for reading in readings)
+        return [evaluation for evaluation in found if evaluation is not None]
 
     def prepare(self, wanted: Iterable[tuple[Mixture, str, Split]]) -> None:
         """Have the crew make evaluations before they are asked for; without one, do nothing.
@@ -193,7 +212,7 @@ class Arena:
             return
         jobs: dict[Mixture, dict[Reading, None]] = {}
         for mixture, member, split in wanted:
-            for reading in self._due(mixture, member, split):
+            for reading in self._due(mixture, [(member, split)]):
                 if self.is_ready((mixture, *reading)):
                     continue
                 if self._recorded(mixture, *reading) is None:
@@ -219,11 +238,11 @@ class Arena:
         """How many jobs are done at a time."""
         return 1 if self.crew is None else self.crew.count
 
-    def _due(self, mixture: Mixture, member: str, split: Split) -> list[Reading]:
+    def _due(self, mixture: Mixture, asked: Sequence[Reading]) -> list[Reading]:
         """What to evaluate of a merge: where making it is dear, all that may be asked of it."""
-        if not load_attacks().get(mixture.attack).needs_data:
-            return [(member, split)]
-        return [(name, rows) for name in mixture.members for rows in self.members[name].evaluators]
+        if not asked or not load_attacks().get(mixture.attack).needs_data:
+            return [*asked]
+        return [(name, split) for name in mixture.members for split in WHOLE]
 
     def is_known(self, mixture: Mixture, member: str, split: Split) -> bool:
         """Whether that evaluation was made already."""

@@ -10,24 +10,31 @@ keep, on average over partners, a stated share of what the same attack, tuned in
 reaches without the protected update. Whoever gives that up could use the release alone. A mixture
 in which the release has coefficient 0 leaves it out: it is no choice, for it keeps no skill of it.
 
+A mixture is given up after a first look at the partners' rows that leaves no doubt (`share`).
 After the grid the search goes on halfway between the best mixtures and their neighbours (`search`),
 for a number of rounds. What is spent is counted in mixtures and not in seconds: the same attacker
 does the same on every machine.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TypeAlias
 
 from trap2.attacks.attack import DATA_TIER, equal, load_attacks
-from trap2.auditing.arena import Arena, Mixture, Split
+from trap2.auditing.arena import Arena, Mixture, Reading, Split
 from trap2.auditing.evolution import evolved
 from trap2.auditing.grid import settings, shared_coefficients, teams
 from trap2.auditing.search import PEAKS, halfway, moved, peaks
+from trap2.auditing.share import share_kept
 from trap2.auditing.verdict import retained_skill
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
 from trap2.tasks.evaluation import Evaluation
 from trap2.tasks.relabel import cross_validated_accuracy, relabelled_accuracy
+
+Read: TypeAlias = Callable[[Mixture, Sequence[Reading]], list[Evaluation]]
+"""How evaluations of a mixture are had."""
 
 PENALTY = 2.0
 """Skill that a share of the partners is worth to CMA-ES where they keep less than they must."""
@@ -86,9 +93,11 @@ class Attacker:
             if self._takes_part(mixture) or self._spec.refine:
                 yield mixture, self.side, "validation"
 
-    def _of_partners(self, mixtures: Iterable[Mixture]) -> Iterator[tuple[Mixture, str, Split]]:
+    def _of_partners(
+        self, mixtures: Iterable[Mixture], split: Split = "validation"
+    ) -> Iterator[tuple[Mixture, str, Split]]:
         """The partners' tasks in mixtures."""
-        return ((m, p, "validation") for m in mixtures for p in self._partners_in(m))
+        return ((m, p, split) for m in mixtures for p in self._partners_in(m))
 
     def shared(self, name: str) -> Iterator[tuple[str, int, Catch]]:
         """T1 and T2 with one attack, or T4 with one that takes unlabelled rows.
@@ -117,7 +126,7 @@ class Attacker:
         starts = [self._best(name, rows, score=False).mixture, *self._starts(name)]
         self._try(name, starts)
         taken = [start for start in dict.fromkeys(starts) if start in self.explored[name]]
-        self.arena.prepare(self._of_partners(taken))
+        self._prepare_partners(taken)
         for start in taken:
             self._partners_keep(start)
         if "descent" in self._spec.t3_search:
@@ -203,10 +212,8 @@ class Attacker:
                 yield mixture, kept, self._partners_keep(mixture)
 
     def _known(self, mixture: Mixture) -> bool:
-        return all(
-            self.arena.is_known(mixture, partner, "validation")
-            for partner in self._partners_in(mixture)
-        )
+        look = self._looks(mixture)[0]
+        return all(self.arena.is_known(mixture, p, look) for p in self._partners_in(mixture))
 
     def _starts(self, name: str) -> list[Mixture]:
         """The protected update kept at 1 and the partners shrunk, with each of the parameters."""
@@ -254,12 +261,23 @@ class Attacker:
 
     def _in_turn(self, mixtures: Sequence[Mixture]) -> Iterator[Mixture]:
         """One after another, with the partners' evaluations of the next few made at a time."""
-        left = [m for m in mixtures if not all(map(self.arena.is_ready, self._of_partners([m])))]
+        ready = self.arena.is_ready
+        left = [
+            m for m in mixtures if not all(map(ready, self._of_partners([m], self._looks(m)[0])))
+        ]
         for mixture in mixtures:
             if left and mixture == left[0]:
-                self.arena.prepare(self._of_partners(left[: self.arena.width]))
+                self._prepare_partners(left[: self.arena.width])
                 left = left[self.arena.width :]
             yield mixture
+
+    def _prepare_partners(self, mixtures: Sequence[Mixture]) -> None:
+        """Have the crew make what `_partners_keep` will ask for."""
+        if self.arena.crew is not None:
+            looks = (self._of_partners([m], self._looks(m)[0]) for m in mixtures)
+            self.arena.prepare(chain.from_iterable(looks))
+            hopeful = [m for m in mixtures if not self._is_hopeless(m, self.arena.peek)]
+            self.arena.prepare(self._of_partners(hopeful))
 
     def _scored(
         self, name: str, rows: int, picked: Mixture, admissible: bool, unconstrained: Mixture
@@ -271,6 +289,8 @@ class Attacker:
         for mixture in (picked if admissible else base, unconstrained):
             read[mixture] = [*read.get(mixture, []), self.side]
         self.arena.prepare((m, name, "test") for m, names in read.items() for name in names)
+        for mixture, names in read.items():
+            self.arena.read(mixture, [(name, "test") for name in names])
         return Catch(
             attack=name,
             rows=rows,
@@ -304,15 +324,29 @@ class Attacker:
         return [name for name in mixture.members if name != self.side]
 
     def _partners_keep(self, mixture: Mixture) -> float:
-        """Mean over partners of accuracy in the mixture over accuracy without the release."""
-        without = self._without(mixture.attack, mixture)
+        """The share partners keep in a mixture; of the first rows, if they leave no doubt."""
+        first, last = self._looks(mixture)
+        return self._share(mixture, first if self._is_hopeless(mixture) else last)[0]
+
+    def _is_hopeless(self, mixture: Mixture, read: Read | None = None) -> bool:
+        """Whether a first look is enough to say that partners keep too little."""
+        share, doubt = self._share(mixture, self._looks(mixture)[0], read)
+        return share + doubt < self._spec.partners_keep
+
+    def _share(
+        self, mixture: Mixture, split: Split, read: Read | None = None
+    ) -> tuple[float, float]:
         partners = self._partners_in(mixture)
-        shares = [
-            self.arena.evaluate(mixture, p, "validation").accuracy
-            / max(1e-9, self.arena.evaluate(without, p, "validation").accuracy)
-            for p in partners
-        ]
-        return sum(shares) / len(shares)
+        without = self._without(mixture.attack, mixture)
+        return share_kept(
+            (read or self.arena.read)(mixture, [(p, split) for p in partners]),
+            self.arena.read(without, [(p, "validation") for p in partners]),
+        )
+
+    def _looks(self, mixture: Mixture) -> tuple[Split, Split]:
+        """The first and the last look at a mixture: where merging is dear, all is read at once."""
+        dear = load_attacks().get(mixture.attack).needs_data
+        return "validation" if dear else "early", "validation"
 
     def _without(self, name: str, mixture: Mixture) -> Mixture:
         """The same attack on the same partners without the release, tuned in the same way."""
@@ -321,7 +355,8 @@ class Attacker:
             return self.arena.alone(partners[0])
 
         def gain(mixture: Mixture) -> float:
-            return sum(self.arena.evaluate(mixture, p, "validation").accuracy for p in partners)
+            found = self.arena.read(mixture, [(p, "validation") for p in partners])
+            return sum(evaluation.accuracy for evaluation in found)
 
         def tuned() -> Mixture:
             tried = dict.fromkeys(self._grid_of(name, partners))

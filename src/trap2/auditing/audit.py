@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from trap2.attacks.attack import load_attacks
-from trap2.auditing.arena import CONTROL, RELEASE, Arena, Crew, Mixture, Split
+from trap2.auditing.arena import CONTROL, RELEASE, WHOLE, Arena, Crew, Mixture, Split
 from trap2.auditing.attacker import Attacker, Catch
 from trap2.auditing.bootstrap import Bootstrap, Key, Retained, interval, spreads
 from trap2.auditing.checks import raised
@@ -114,8 +114,7 @@ def audit(
 
 def _rows(arena: Arena) -> dict[str, int]:
     """Rows of the protected task, those that T4 looked at without labels, and model runs."""
-    sizes = arena.members[RELEASE].evaluators.items()
-    found: dict[str, int] = {split: len(rows) for split, rows in sizes}
+    found: dict[str, int] = {s: len(arena.members[RELEASE].evaluators[s]) for s in WHOLE}
     found["evaluations"] = arena.evaluations
     if arena.spec.attacker.data_attacks:
         found["unlabelled"] = max(arena.unlabelled(name).rows for name in arena.members)

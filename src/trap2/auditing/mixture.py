@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["validation", "test"]
+Whole = Literal["validation", "test"]
+Split = Literal["validation", "early", "test"]
+"""Which rows of a task: "early" are the first of the validation rows."""
 
 
 @dataclass(frozen=True)

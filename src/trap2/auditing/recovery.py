@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from trap2.attacks.attack import equal, merge
 from trap2.attacks.tuning import answers, imitation, tuned
 from trap2.attacks.vectors import TaskVector
-from trap2.auditing.arena import CONTROL, RELEASE, Mixture, Split
+from trap2.auditing.arena import CONTROL, RELEASE, WHOLE, Mixture
 from trap2.auditing.attacker import Attacker
 from trap2.auditing.bootstrap import Bootstrap, Floats, Retained, interval, retained_share
 from trap2.auditing.candidate import Candidate, Choice, choose
@@ -38,7 +38,6 @@ from trap2.recipes import AttackerSpec
 from trap2.schema import AttackResult, PartnerScore, RecoveryPoint
 
 MERGE = "task_arithmetic"
-SPLITS: tuple[Split, ...] = ("validation", "test")
 REFERENCES = ("distil",)
 """What takes the skill without merging the release: recorded, and counted in no tier."""
 
@@ -83,7 +82,7 @@ class Trainer:
                 p: self.arena.evaluate(self._partners_alone, p, split).accuracy
                 for p in self.arena.partners
             }
-            for split in SPLITS
+            for split in WHOLE
         }
 
     def choices(self, method: str, with_release: bool) -> dict[Budget, Choice]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trap2.attacks.live import LiveModel
-from trap2.auditing.arena import Member, Split
+from trap2.auditing.arena import Member, Whole
 from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.schema import ScalePoint
@@ -20,7 +20,7 @@ def sweep(
     task: TaskSpec,
     scales: Sequence[float],
     *,
-    split: Split = "test",
+    split: Whole = "test",
     rows: int = 500,
     seed: int = 0,
     say: Callable[[ScalePoint], None] = lambda point: None,
