@@ -348,7 +348,9 @@ def test_a_sweep_prints_a_line_for_each_scale(capsys, shelf, tmp_path):
     assert [line.split()[0] for line in lines[1:]] == ["0", "1", "1.5"]
     assert all(line.split()[1].endswith("%") for line in lines[1:])
     assert main([*arguments[:-1], "0"]) == 2
-    assert "rows=0 leaves nothing to evaluate on" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "rows=0 leaves nothing to evaluate on" in said.err
+    assert said.out == ""
 
 
 def test_a_release_is_made_from_a_recipe(capsys, shelf, tmp_path):

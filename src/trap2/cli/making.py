@@ -3,9 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trap2.cli.arguments import CHANGES, numbers
 from trap2.errors import UserError
+
+if TYPE_CHECKING:
+    from trap2.schema import ScalePoint
 
 SCALES = "0,.2,.4,.6,.8,1,1.2,1.5,2"
 
@@ -76,7 +80,14 @@ def _sweep(chosen: argparse.Namespace) -> None:
     recipe = load(Recipe, chosen.recipe)
     from trap2.auditing.sweep import sweep
 
-    print(f"{'s':>6} {'accuracy':>9} {'loss':>8}")
+    lines = [f"{'s':>6} {'accuracy':>9} {'loss':>8}"]
+
+    def say(point: "ScalePoint") -> None:
+        """Print a point; the head comes with the first, for until then inputs may be refused."""
+        lines.append(f"{point.s:6g} {100 * point.accuracy:8.1f}% {point.loss:8.3f}")
+        print("\n".join(lines), flush=True)
+        lines.clear()
+
     sweep(
         chosen.release,
         recipe.base,
@@ -85,7 +96,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
         split=chosen.split,
         rows=chosen.rows,
         seed=recipe.seed,
-        say=lambda p: print(f"{p.s:6g} {100 * p.accuracy:8.1f}% {p.loss:8.3f}", flush=True),
+        say=say,
     )
 
 

@@ -15,6 +15,9 @@ BUILDERS = {
     **{".csv": "csv", ".json": "json", ".jsonl": "json"},
     **{".parquet": "parquet", ".txt": "text"},
 }
+EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
+"""How its readers say that a file has no rows."""
+
 TEXTS = ("text", "language", "generation", "choice")
 """Kinds whose inputs are texts."""
 
@@ -215,7 +218,9 @@ def _table(task: TaskSpec, spec: DataSpec, split: Split) -> Any:
             table = table.cast_column(task.columns[0], Image())
         return table
     except (DatasetGenerationError, StopIteration, ValueError, OSError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        if not reason or any(said in reason for said in EMPTY):
+            reason = "no rows"
         raise UserError(
             f"cannot read the {split} rows of task '{task.name}': {reason}; check the data"
         ) from error
