@@ -4,9 +4,10 @@
 
 (1) Many coefficients of TSV-M and CART on random LoRA updates of MiniLM's shapes: decompositions
 kept between coefficients against worked out again for each; speed-up and largest difference.
-(2) TIES and DARE-TIES of four random updates of a full checkpoint, file to file, beside mergekit on
-the same files: time and peak memory, each in a process of its own. The definitions differ (mergekit
-trims per tensor and rescales DARE otherwise), so results are not compared, only what they cost.
+(2) TIES and DARE-TIES of four random updates of a full bfloat16 checkpoint, file to file, merged in
+float32, beside mergekit on the same files: time and peak memory, each in a process of its own. The
+definitions differ (mergekit trims per tensor and rescales DARE otherwise), so results are not
+compared, only what they cost.
 
 Writes `results/merging.json`. Sizes are arguments; nothing is downloaded.
 """
@@ -34,6 +35,9 @@ from trap2.provenance import machine, now, versions
 
 RESULTS = Path(__file__).parent.parent / "results"
 SPECTRAL: dict[str, dict[str, float]] = {"tsv": {}, "cart": {"rank_share": 0.16}}
+LARGE = 5e8
+"""Parameters from which on the checkpoint has the width of a model of 1 B."""
+
 MASKING: dict[str, dict[str, float]] = {"ties": {"density": 0.2}, "dare_ties": {"drop": 0.5}}
 
 
@@ -164,18 +168,18 @@ def _checkpoints(folder: Path, parameters: int) -> int:
     """A random llama of about this size and four releases of it; returns its exact size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    width = 256
+    width = 256 if parameters < LARGE else 2048
     layer = 4 * width**2 + 3 * width * 4 * width
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=max(1, parameters // layer),
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "base")
     start = [p.detach().clone() for p in model.parameters()]
     for place in range(4):
@@ -228,7 +232,8 @@ def _mergekits(name: str, folder: Path) -> Callable[[], object]:
                 }
                 for place in range(4)
             ],
-            "dtype": "float32",
+            "dtype": "float32",  # of the merge; the file has the checkpoint's
+            "out_dtype": "bfloat16",
         }
     )
     options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)

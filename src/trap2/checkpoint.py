@@ -31,6 +31,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder; give a folder of released weights")
         self._files = self._locate(stem)
+        self._finite: set[str] = set()
 
     def _locate(self, stem: str) -> dict[str, Path]:
         single = self.folder / f"{stem}.safetensors"
@@ -98,18 +99,21 @@ class Checkpoint:
             return tuple(tensors.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor as it is stored.
+        """Read one tensor as it is stored; its entries are looked at the first time.
 
         Raises:
             UserError: It is not there, or a floating-point tensor holds NaN or infinity.
         """
         with self._holding(name) as tensors:
             value: torch.Tensor = tensors.get_tensor(name)
+        if name in self._finite:
+            return value
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"tensor '{name}' in {self.folder} holds NaN or infinity; "
                 "the weights are broken, train or download them again"
             )
+        self._finite.add(name)
         return value
 
     @cached_property

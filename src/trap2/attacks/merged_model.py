@@ -19,7 +19,7 @@ from trap2.files import nested, read_json, write_json
 from trap2.naming import is_head
 from trap2.update import Update
 
-SHARD = 5 * 10**9
+SHARD = 10**9
 """Largest weight file in bytes; no more of the model than that is ever in memory."""
 
 BESIDE = (

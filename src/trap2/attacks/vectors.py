@@ -102,19 +102,36 @@ class TaskVector(Tensors):
     def magnitude(self, share: float) -> float:
         """The smallest magnitude among the largest `share` of all entries of the whole update.
 
-        It is the exact k-th largest value, k = round(share * entries) but at least 1. Selection
-        instead of `torch.quantile`, which refuses more than 2^24 entries.
+        It is the exact k-th largest value, k = round(share * entries) but at least 1, and no more
+        than a tensor is in memory. As integers, the bits of magnitudes are in the same order: their
+        upper half is counted first, and what agrees in that with the value looked for is sorted.
 
         Args:
             share: Share of the entries, 0 < share <= 1.
         """
 
         def select() -> float:
-            entries = torch.cat([self[name].abs().flatten() for name in self])
-            kept = max(1, round(share * entries.numel()))
-            return float(torch.kthvalue(entries, entries.numel() - kept + 1).values)
+            counts = torch.zeros(UPPER, dtype=torch.int64)
+            for name in self:
+                counts += torch.bincount(_bits(self[name]) >> LOWER, minlength=UPPER)
+            from_here_up = counts.flip(0).cumsum(0).flip(0)
+            kept = max(1, round(share * int(counts.sum())))
+            upper = int((from_here_up >= kept).nonzero()[-1])
+            alike = (entries[entries >> LOWER == upper] for entries in map(_bits, self.values()))
+            close = torch.cat([*alike])
+            rank = int(from_here_up[upper]) - kept + 1
+            return float(torch.kthvalue(close, rank).values.view(torch.float32))
 
         return self.remember(("magnitude", share), select)
+
+
+LOWER = 16
+UPPER = 2 ** (31 - LOWER)
+"""Of the 31 bits of a magnitude the lower ones, and how many numbers the upper ones can be."""
+
+
+def _bits(delta: Tensor) -> Tensor:
+    return delta.abs().flatten().view(torch.int32).cpu()
 
 
 def by_tensor(updates: Sequence[TaskVector]) -> Iterator[tuple[str, list[Tensor]]]:
