@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from trap2.errors import UserError
-from trap2.protecting.batches import batch_rows, part_of
+from trap2.protecting.batches import batch_rows, cropped, part_of
 
 
 def spread(rows: int, used: int) -> list[int]:
@@ -90,3 +91,35 @@ def test_what_is_not_a_tensor_of_rows_is_passed_on_whole() -> None:
 def test_a_batch_without_tensors_is_refused() -> None:
     with pytest.raises(UserError, match=r"holds no tensor, only \['text'\]; give a dict of"):
         batch_rows({"text": ["a"]})
+
+
+def padded(lengths: list[int], columns: int) -> Tensor:
+    """The mask of rows so long, padded at their ends."""
+    return (torch.arange(columns) < torch.tensor(lengths)[:, None]).long()
+
+
+def test_rows_without_the_longest_of_the_batch_lose_its_padding() -> None:
+    mask = padded([3, 5, 30, 9], 30)
+    batch = {"input_ids": mask * 7, "attention_mask": mask, "labels": torch.arange(4)}
+    part = part_of(batch, 0.5, 0, 1)
+    assert torch.equal(part["labels"], torch.tensor([1, 3]))
+    assert torch.equal(part["attention_mask"], padded([5, 9], 9))
+    assert part["input_ids"].shape == (2, 9)
+    assert part_of(batch, 1.0, 0, 1)["input_ids"].shape == (4, 30)
+
+
+def test_what_is_cropped_is_padding_alone() -> None:
+    mask = padded([2, 9], 20)
+    rows = {"attention_mask": mask, "labels": torch.where(mask == 1, 3, -100), "x": torch.ones(2)}
+    short = cropped(rows)
+    assert short["labels"].shape == short["attention_mask"].shape == (2, 9)
+    assert short["x"] is rows["x"]
+    counting = torch.zeros(2, 20)
+    for labels in (torch.full((2, 20), 3), counting):  # another kind of target, as it happens
+        whole = cropped({**rows, "labels": labels})
+        assert whole["attention_mask"].shape == whole["labels"].shape == (2, 20)
+    left = {"attention_mask": mask.flip(1), "input_ids": mask}
+    assert cropped(left)["input_ids"].shape == (2, 20)
+    assert cropped({"attention_mask": 0 * mask})["attention_mask"].shape == (2, 20)
+    for unknown in ({"input_ids": mask}, {"attention_mask": mask[:, None]}):
+        assert all(torch.equal(v, unknown[k]) for k, v in cropped(unknown).items())

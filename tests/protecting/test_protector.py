@@ -344,3 +344,26 @@ def test_a_small_share_of_a_step_still_has_rows_enough(
     protector = Protector(bert(), Trap2Config(warmup=0, ramp=0), accumulation_steps=accumulation)
     protector.backward(batches(1, rows)[0])
     assert len(protector.objective.memory.state_dict()["labels"]) == seen
+
+
+@pytest.mark.parametrize("make", [bert, lora])
+def test_padding_that_the_trap_pass_leaves_out_changes_no_gradient(make, monkeypatch):
+    mask = (torch.arange(14) < torch.tensor([3, 5, 14, 6])[:, None]).long()
+    ids = torch.randint(1, 24, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
+    config, found, lengths = Trap2Config(fraction=0.5, min_rows=1, warmup=0, ramp=0), [], []
+
+    def forward(model, rows):
+        lengths.append(rows["input_ids"].shape[1])
+        return default_forward(model, rows)
+
+    for crops in (True, False):
+        if not crops:
+            monkeypatch.setattr("trap2.protecting.batches.cropped", dict)
+        model = make().double()
+        protector = Protector(model, config, forward=forward)
+        move(model)
+        protector.backward(batch)
+        found.append(gradients(model))
+    assert lengths == [14, 6, 14, 14]
+    assert_close(found[0], found[1], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Rows of a batch: which of them the trap pass sees."""
+"""Rows of a batch: which of them the trap pass sees, and how long they are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trap2.errors import UserError
+from trap2.protecting.losses import IGNORED
 
 
 def batch_rows(batch: Mapping[str, Any]) -> int:
@@ -34,7 +35,8 @@ def part_of(
 
     Spread, because loaders order the rows of a batch, for example by length: its first rows are
     then its longest ones, and where length tells of the class, they are of one class. Every share
-    has at least one row; with fewer rows than parts, shares have rows in common.
+    has at least one row; with fewer rows than parts, shares have rows in common. Fewer rows than
+    the batch has need not be as long as its longest: see `cropped`.
 
     Args:
         batch: Tensors whose first dimension is the rows; anything else is passed on whole.
@@ -59,4 +61,32 @@ def part_of(
             return torch.cat([half[middles] for half in value.chunk(stacked)])
         return value
 
-    return {key: taken(value) for key, value in batch.items()}
+    part_rows = {key: taken(value) for key, value in batch.items()}
+    return part_rows if len(own) == rows else cropped(part_rows)
+
+
+def cropped(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of tokens without the columns at its end that are padding in all of its rows.
+
+    The outputs of a model that heeds `attention_mask` stay the same. Everything of the mask's shape
+    is cropped with it; nothing is, if labels of that shape count there.
+
+    Args:
+        batch: Tensors; without a two-dimensional `attention_mask` it is passed on as it is.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return {**batch}
+    columns = (mask != 0).any(0).nonzero()
+    length = int(columns.max()) + 1 if len(columns) else mask.shape[1]
+    labels = batch.get("labels")
+    if (
+        isinstance(labels, Tensor)
+        and labels.shape == mask.shape
+        and bool((labels[:, length:] != IGNORED).any())
+    ):
+        return {**batch}
+    return {
+        key: value[:, :length] if isinstance(value, Tensor) and value.shape == mask.shape else value
+        for key, value in batch.items()
+    }
