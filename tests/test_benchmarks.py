@@ -170,3 +170,23 @@ def test_every_name_in_its_plan_is_an_attack(bench):
     for name in [*bench.COEFFICIENTS, *bench.GRIDS, *bench.PER_MODEL]:
         entry = load_attacks().get(name)
         assert {*bench.GRIDS.get(name, {})} <= {*entry.grid}
+
+
+def test_a_setting_has_protected_at_the_fewest_steps_that_hold_within_a_point():
+    def run(steps: int, t1: float, cost: float) -> dict:
+        return {"steps": steps, "seconds": 10.0 * steps, "t1_unmergeability": t1} | {
+            "utility_cost": cost
+        }
+
+    runs = {
+        "default/600/0": run(600, 1.0, 0.0),
+        "default/150/0": run(150, 1.0, 0.02),
+        "default/300/0": run(300, 0.9, 0.01),
+        "paper_0.1/1200/0": run(1200, 0.89, 0.0),
+    }
+    assert _loaded("steps_to_protect").figures(runs) == {
+        "default_steps": 300,
+        "default_seconds": 3000.0,
+        "default_steps_tried_max": 600,
+        "paper_0.1_steps_tried_max": 1200,
+    }
