@@ -50,7 +50,7 @@ class Cap:
     """
 
     def __init__(self, model: nn.Module, multiple: float) -> None:
-        self._model, self._multiple = model, multiple
+        self._parameters, self._multiple = [*model.parameters()], multiple
         self._squares: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
         self._opposed: list[Tensor] = []
@@ -80,7 +80,7 @@ class Cap:
     @contextmanager
     def _hooked(self, act: Callable[[int, nn.Parameter, Tensor], Tensor | None]) -> Iterator[None]:
         with ExitStack() as stack:
-            parameters = self._model.parameters() if self._multiple > 0 else ()
+            parameters = self._parameters if self._multiple > 0 else []
             for place, parameter in enumerate(parameters):
                 if parameter.requires_grad and not is_sharded(parameter):
                     hook = parameter.register_hook(_at(place, parameter, act))  # type: ignore[no-untyped-call]

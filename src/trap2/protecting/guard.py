@@ -35,7 +35,7 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module, has_scaler: bool) -> None:
-        self._model, self._has_scaler = model, has_scaler
+        self._parameters, self._has_scaler = [*model.parameters()], has_scaler
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._broken: list[Tensor] = []
         self.sound, self.dropped = True, 0
@@ -53,7 +53,7 @@ class Guard:
                 whose gradients cannot be held back.
         """
         with ExitStack() as stack:
-            for parameter in self._model.parameters():
+            for parameter in self._parameters:
                 if parameter.requires_grad and not is_sharded(parameter):
                     handle = parameter.register_hook(self._held_back)  # type: ignore[no-untyped-call]
                     stack.callback(handle.remove)
@@ -61,7 +61,7 @@ class Guard:
         self.sound = not bool(torch.stack([flag.cpu() for flag in self._broken]).any())
         self._recent.append(not self.sound)
         self.dropped += not self.sound
-        if not self.sound and any(is_sharded(p) for p in self._model.parameters()):
+        if not self.sound and any(map(is_sharded, self._parameters)):
             raise TrainingStopped(
                 "the trap loss is not finite and gradients of sharded parameters cannot be held "
                 "back; training stopped before the weights took it: lower the learning rate or "

@@ -21,7 +21,7 @@ from trap2.protecting.lookups import sparse_lookups
 from trap2.protecting.outputs import ScaledOutputs
 from trap2.protecting.preflight import check
 from trap2.protecting.tuners import TOKENS, Adapter, inner_name
-from trap2.protecting.wrappers import is_sharded, local, reshard
+from trap2.protecting.wrappers import is_sharded, local, reshard, resharding
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class LiveUpdate:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        # Walking a model's modules is slow: what a step needs of them is looked up once.
+        self._all, self._resharding = [*model.parameters()], resharding(model)
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         names = [name for name, _ in trained]
         if not names:
@@ -102,10 +104,10 @@ class LiveUpdate:
             chain-rule factor s, for the update alone. Multiplying the loss saves a pass over most
             gradients where most of what is trained is scaled.
         """
-        reshard(self.model)
+        reshard(self._resharding)
         ours = [item.parameter for item in self.shared if item.parameter.requires_grad]
         ids = {id(parameter) for parameter in ours}
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
+        others = [p for p in self._all if p.requires_grad and id(p) not in ids]
         most = s != 0 and _size(ours) > _size(others)  # what a factor 0 took, none brings back
         with ExitStack() as stack:
             stack.callback(self._settle)
@@ -126,7 +128,7 @@ class LiveUpdate:
             yield s if most else 1.0
 
     def _settle(self) -> None:
-        reshard(self.model)
+        reshard(self._resharding)
         torch.clear_autocast_cache()
 
 

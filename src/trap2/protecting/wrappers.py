@@ -47,15 +47,18 @@ def local(tensor: Any) -> Tensor:
     return part
 
 
-def reshard(model: nn.Module) -> None:
+def resharding(model: nn.Module) -> list[Any]:
+    """The modules that gather sharded parameters: FSDP2's."""
+    return [m for m in model.modules() if hasattr(m, "set_reshard_after_forward")]
+
+
+def reshard(modules: Iterable[Any]) -> None:
     """Let go of gathered copies of sharded parameters, so that a change of the shards is seen.
 
     FSDP2 keeps them where a forward pass was not followed by a backward pass.
     """
-    modules: Iterable[Any] = model.modules()
     for module in modules:
-        if hasattr(module, "set_reshard_after_forward"):
-            module.reshard()
+        module.reshard()
 
 
 def check_reduced(parameters: Iterable[nn.Parameter]) -> None:
