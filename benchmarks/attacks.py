@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ PER_MODEL += ("depth_thirds", "depth_sixths")
 
 T3 = {"t3_values": [0.3, 0.6, 1.0], "t3_starts": [0.4], "t3_sweeps": 1}
 TRAINED = {
-    "recovery_steps": [30],
+    "recovery_steps": [30, 100],
     "recovery_coefficients": [0.5, 0.8],
     "recovery_learning_rate": 1e-4,
 }
@@ -236,15 +237,19 @@ def best(runs: dict[str, Any], quadruple: str, tier: str, key: str) -> float | N
 
 
 def figures(runs: dict[str, Any]) -> dict[str, float]:
-    """The named numbers: the best attack of each tier, in the set where it keeps least."""
+    """The named numbers: the best attack of each tier, in the set where it keeps least.
+
+    Of the text tasks; those of images, whose merges without a trap keep less, have their own.
+    """
     own = [name for name in load_attacks() if load_attacks().get(name).tool is None]
     found: dict[str, float] = {"methods_listed": len(own) + len(METHODS) - 1}
     sets = dict.fromkeys(name.split("/")[0] for name in runs)
-    for tier in TIERS:
-        kept = [best(runs, one, tier, "control_retained") for one in sets]
+    for tier, of in product(TIERS, ("", "_images")):
+        mine = [one for one in sets if (one == "mobilenet") is (of == "_images")]
+        kept = [best(runs, one, tier, "control_retained") for one in mine]
         known_ones = [value for value in kept if value is not None]
         if known_ones:
-            found[f"control_retained_best_{tier.lower()}"] = min(known_ones)
+            found[f"control_retained_best_{tier.lower()}{of}"] = min(known_ones)
     merging = RESULTS / "merging.json"
     if merging.is_file():
         found |= read_json(merging)["figures"]

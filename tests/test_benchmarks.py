@@ -158,8 +158,10 @@ def test_the_figures_take_the_set_where_the_best_attack_keeps_least(bench):
         score = {"tier": "T1", "control_retained": kept, "retained": 0.1}
         return {"scores": [score, {**score, "control_retained": 0.2}]}
 
-    found = bench.figures({"a/x": one(0.9), "a/y": one(0.95), "b/x": one(0.5)})
+    runs = {"a/x": one(0.9), "a/y": one(0.95), "b/x": one(0.5), "mobilenet/x": one(0.3)}
+    found = bench.figures(runs)
     assert found["control_retained_best_t1"] == 0.5
+    assert found["control_retained_best_t1_images"] == 0.3
     own = [name for name in load_attacks() if not name.startswith(("peft_", "mergekit_"))]
     assert found["methods_listed"] == len(own) + 3
     record = json.loads((BENCHMARKS.parent / "results" / "merging.json").read_text())
