@@ -604,3 +604,13 @@ def test_a_quick_audit_reads_the_rows_at_most_400_times():
             list(attacker.per_model(name))
     rows = sum(len(found) for found in arena._known.values())
     assert rows / ROWS < 360  # the references come on top
+
+
+@pytest.mark.parametrize("name", ["slerp", "nuslerp", "task_arithmetic", "karcher"])
+def test_what_is_certain_can_be_merged_whatever_an_attack_takes(name):
+    """Workers merge all of it ahead: a pair without the release is no pair."""
+    fewest = load_attacks().get(name).models[0]
+    attacker = Attacker(Table(only({}), partners=3, attacks=[name], t3_attacks=[]), RELEASE)
+    sizes = {len(mixture.members) for mixture, _, _ in attacker.certain()}
+    assert sizes
+    assert min(sizes) >= fewest

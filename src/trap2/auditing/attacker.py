@@ -83,8 +83,8 @@ class Attacker:
         spec = self._spec
         for name in dict.fromkeys((*spec.attacks, *spec.data_attacks, *spec.t3_attacks)):
             yield from self._gains(self._grid(name))
-            if len(self.arena.partners) >= load_attacks().get(name).models[0]:
-                for team in dict.fromkeys(m.members[1:] for m in self._grid(name)):
+            for team in dict.fromkeys(m.members[1:] for m in self._grid(name)):
+                if len(team) >= load_attacks().get(name).models[0]:  # else it is that partner alone
                     yield from self._of_partners(self._grid_of(name, team))
 
     def _gains(self, mixtures: Iterable[Mixture]) -> Iterator[tuple[Mixture, str, Split]]:
