@@ -41,7 +41,7 @@ from trap2.provenance import machine, versions
 from trap2.recipes import AuditSpec, Recipe
 from trap2.schema import Report
 from trap2.tasks.language import IGNORED, padded, tokens
-from trap2.tasks.model import Inputs, load_encoder
+from trap2.tasks.model import Inputs, load_encoder, placed
 
 RESULTS = Path(__file__).parent.parent / "results" / "language.json"
 PROTECTED, PARTNER = "shakespeare", "maths"
@@ -246,12 +246,12 @@ def _outputs(model: Any, inputs: Inputs, rows: Any) -> tuple[Tensor, Tensor]:
     """Z and y of some rows."""
     encoded, found = tokens(inputs, rows.inputs, rows.labels), []
     for start in range(0, len(encoded), 16):
-        batch = padded(encoded[start : start + 16], inputs.pad)
+        batch = placed(padded(encoded[start : start + 16], inputs.pad), model)
         wanted = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1]
         found.append((logits[wanted != IGNORED], wanted[wanted != IGNORED]))
     Z, y = zip(*found, strict=True)
-    return torch.cat(Z).double(), torch.cat(y)
+    return torch.cat(Z).double().cpu(), torch.cat(y).cpu()
 
 
 def _as_is(Z: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:

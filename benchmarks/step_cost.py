@@ -14,10 +14,12 @@ with LoRA and in full by five kinds of step, on the same batches, alternating in
                `torch.func.functional_call`
 
 Time is the median of the paired ratios. Memory is the peak of a process that runs one kind of step
-only, above what the imports take (on a GPU: the allocator's peak). Writes `results/step_cost.json`.
+only, above what the imports take (on a GPU: the allocator's peak while it runs one kind). Writes
+`results/step_cost.json`.
 """
 
 import argparse
+import gc
 import json
 import shlex
 import statistics
@@ -94,7 +96,8 @@ def build(shape: Shape, method: str, device: str) -> nn.Module:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     kind = AutoModelForSequenceClassification if shape.classes else AutoModelForCausalLM
-    model: nn.Module = kind.from_config(shape.config, dtype=dtype).to(device)
+    with torch.device(device):  # drawn where they are: an 8 B model takes a minute otherwise
+        model: nn.Module = kind.from_config(shape.config, dtype=dtype)
     if method == "lora":
         adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         model = get_peft_model(model, adapter)  # type: ignore[arg-type]
@@ -194,17 +197,23 @@ def _one(
 
 
 def peak(name: str, method: str, kind: str, device: str) -> int:
-    """Peak bytes of three steps of one kind, in this process, above what the imports take."""
+    """Peak bytes of three steps of one kind, in this process, above what it holds now."""
     shape = SHAPES[name]
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = _resident("VmRSS")
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+        before = _resident("VmRSS")
     model = build(shape, method, device)
     run = steps(model, (kind,))[kind]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     for batch in batches(shape, 3, device):
         _one(model, optimizer, run, batch)
     if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_allocated()) - before
     return _resident("VmHWM") - before
 
 
@@ -217,7 +226,9 @@ def _resident(what: str) -> int:
 
 
 def _peak_apart(name: str, method: str, kind: str, device: str) -> int:
-    """The same in a process of its own."""
+    """The same apart from other kinds: on the CPU in a process of its own."""
+    if device == "cuda":
+        return peak(name, method, kind, device)
     command = [sys.executable, __file__, "--peak", name, method, kind, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1]))

@@ -22,7 +22,7 @@ import trainees
 from trainees import DECOY, OFF, distance, gradients, llama, lora, move, ragged, stacked, t5, tagger
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.protector import Protector, default_forward
-from trap2.protecting.tokens import shifts_labels, target_count
+from trap2.protecting.tokens import shifts_labels, target_count, targets_per_row
 from trap2.protecting.trainer import protect_trainer
 
 
@@ -53,6 +53,25 @@ def test_targets_are_counted_as_the_loss_counts_them() -> None:
     assert target_count({"labels": labels}, False) == 4
     assert target_count({"labels": labels, "shift_labels": labels[:1]}, True) == 2
     assert target_count({"labels": torch.tensor([1, -100, 0])}, True) == 2
+
+
+def test_rows_of_many_targets_are_fewer_in_the_trap_pass() -> None:
+    """A fifth of six rows of eight tokens is one row; with one target a row it takes all six."""
+    ids = torch.arange(48).reshape(6, 8) % 20
+    seen: list[int] = []
+
+    def counted(model: nn.Module, batch: Any) -> Any:
+        seen.append(len(batch["input_ids"]))
+        return default_forward(model, batch)
+
+    for labels in (ids, ids.masked_fill(torch.arange(8) < 7, -100), torch.zeros(6, 8)):
+        batch = {"input_ids": ids, "labels": labels}
+        assert targets_per_row(batch, True) == (7.0 if labels is ids else 1.0)
+    assert targets_per_row({"labels": ids[0]}, True) == targets_per_row({}, True) == 1.0
+    protector = Protector(llama(), Trap2Config(warmup=0, ramp=0), forward=counted)
+    protector.backward({"input_ids": ids, "labels": ids})
+    protector.backward({"input_ids": ids, "labels": ids.masked_fill(torch.arange(8) < 7, -100)})
+    assert seen == [6, 1, 6, 6]
 
 
 @pytest.mark.parametrize("loss", ["decoy", "unlikelihood", "hinge", "ascent"])

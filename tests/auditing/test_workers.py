@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ from trap2.recipes import AuditSpec
 
 LINE = {"coefficients": [round(0.02 * k, 2) for k in range(1, 81)], "relabel_rows": []}
 """A grid that is not done in the blink of an eye."""
+
+LONG = {**LINE, "coefficients": [round(0.005 * k, 3) for k in range(1, 321)]}
+"""One that lasts longer than a second crew takes to start, on a busy machine too."""
 
 PATIENCE = 240
 
@@ -128,24 +132,29 @@ def test_an_attack_that_workers_cannot_find_is_refused(monkeypatch):
 
 def test_a_worker_killed_then_ctrl_c_then_one_process(shelf, tmp_path):
     """The three of them on one audit: what died is done again, no worker outlives its audit."""
-    settings = shelf.audit("lora", **{**SMALL, **LINE})
+    settings = shelf.audit("lora", **{**SMALL, **LONG})
     path, out = pico.write_yaml(tmp_path / "audit.yaml", settings), tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "trap2", "audit", str(path)]
     command += ["--out", str(out), "--workers", "2"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def rows() -> int:
-        return recorded(out) if (out / LEDGER).is_file() and (out / LEDGER).stat().st_size else 0
+        with suppress(sqlite3.OperationalError):  # not there yet, or busy
+            return recorded(out) if (out / LEDGER).is_file() else 0
+        return 0
 
     def crew() -> list[psutil.Process]:
         return alive(running.pid, "LokyProcess")
 
     with running:
-        until(rows)
+        until(lambda: len(crew()) == 2 and rows())
         first = crew()
         first[0].kill()
-        before = rows()
-        until(lambda: rows() > before + 20)
+
+        def others() -> list[psutil.Process]:  # not by their rows: who counts those has to wait
+            return [p for p in crew() if p.pid not in {old.pid for old in first}]
+
+        until(lambda: len(others()) == 2)
         second = crew()
         running.send_signal(signal.SIGINT)
         said = running.communicate(timeout=PATIENCE)[1]

@@ -105,6 +105,7 @@ def test_rows_without_the_longest_of_the_batch_lose_its_padding() -> None:
     assert torch.equal(part["labels"], torch.tensor([1, 3]))
     assert torch.equal(part["attention_mask"], padded([5, 9], 9))
     assert part["input_ids"].shape == (2, 9)
+    assert all(value.is_contiguous() for value in part.values())
     assert part_of(batch, 1.0, 0, 1)["input_ids"].shape == (4, 30)
 
 

@@ -97,6 +97,13 @@ def test_the_default_has_a_capped_trap_on_a_fifth_of_the_rows() -> None:
     default = Trap2Config.preset("default")
     assert default == Trap2Config() == Trap2Config(fraction=0.2, memory=128, cap=1.0)
     assert [default.fewest_rows(n) for n in (1, 2, 4, 8)] == [6, 3, 2, 1]
+    assert [default.fewest_rows(1, targets=t) for t in (0.5, 1.0, 2.5, 6.0, 900.0)] == [
+        6,
+        6,
+        3,
+        1,
+        1,
+    ]
     every = Trap2Config.preset("all_rows")
     assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0)
 

@@ -15,6 +15,7 @@ from trap2.protecting.losses import (
     DECOY_CLASS,
     HINGE_CAP,
     IGNORED,
+    READ,
     TRAP_LOSSES,
     Outcome,
     ascent,
@@ -157,6 +158,20 @@ def test_gradients_are_finite_in_degenerate_batches(name: str) -> None:
         assert value.isfinite(), case
         assert logits.grad is not None, case
         assert logits.grad.isfinite().all(), case
+
+
+def test_of_many_tokens_the_read_out_sees_some_from_all_over_the_pass() -> None:
+    labels = torch.tensor([[IGNORED, 0, 1, IGNORED, 2, 3, 4, 5, 6, IGNORED, 7]])
+    few = Outcome(torch.zeros(()), torch.eye(11)[None], labels, shifted=False)
+    assert few.rows(4)[1].tolist() == [1, 3, 5, 7]
+    assert few.rows(4)[0].argmax(1).tolist() == [2, 5, 7, 10]
+    assert few.rows(3)[1].tolist() == [1, 4, 6]
+    assert few.rows(99)[1].tolist() == few.rows()[1].tolist() == list(range(8))
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2 * READ, 5, generator=generator), torch.arange(2 * READ) % 5
+    assert float(readout(outcome(logits, labels))) == pytest.approx(
+        ridge_r2(logits[1::2].numpy(), labels[1::2].numpy()), abs=1e-4
+    )
 
 
 def test_without_targets_there_is_nothing_to_trap() -> None:

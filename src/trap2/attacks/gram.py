@@ -80,6 +80,6 @@ def solved(target: Tensor, G: Tensor, otherwise: Tensor) -> Tensor:
     """
     ridge = RIDGE * G.diagonal().mean().clamp_min(1e-30)
     right = (target + ridge * otherwise).T
-    whole = G + ridge * torch.eye(len(G), dtype=G.dtype)
+    whole = G + ridge * torch.eye(len(G)).to(G)
     found: Tensor = torch.linalg.solve(whole, right).T
     return found.float()

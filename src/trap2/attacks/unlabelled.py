@@ -54,6 +54,11 @@ class Unlabelled:
         self._base = model.state_dict()
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     def batches(self, size: int = BATCH) -> Iterator[Batch]:
         """All rows, in order."""
         for start in range(0, self.rows, size):

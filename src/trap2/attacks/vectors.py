@@ -44,6 +44,10 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def on(self, device: torch.device) -> "Tensors":
+        """The same, each put on a device as it is read."""
+        return Tensors(self, lambda name: self[name].to(device))
+
     @staticmethod
     def of_base(base: Checkpoint | Mapping[str, Tensor]) -> "Tensors":
         """See a checkpoint, or any mapping of names to tensors, as `Tensors`."""
@@ -78,6 +82,10 @@ class TaskVector(Tensors):
         if isinstance(update, Update):
             return cls(update.shared, update.delta, update)
         return cls(update, update.__getitem__)
+
+    def on(self, device: torch.device) -> "TaskVector":
+        """The same, each tensor put on a device as it is read: merges are worked out there."""
+        return TaskVector(self, lambda name: self[name].to(device), self.update)
 
     def held(self) -> "TaskVector":
         """The same with all tensors in memory."""

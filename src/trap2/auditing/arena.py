@@ -17,7 +17,7 @@ from trap2.attacks.live import LiveModel
 from trap2.attacks.statistics import mixed, normalising, recomputed
 from trap2.attacks.undo import undone
 from trap2.attacks.unlabelled import Unlabelled
-from trap2.attacks.vectors import TaskVector
+from trap2.attacks.vectors import TaskVector, Tensors
 from trap2.auditing.contents import Content, Contents
 from trap2.auditing.ledger import Ledger
 from trap2.auditing.mixture import Mixture as Mixture
@@ -30,7 +30,7 @@ from trap2.recipes import AuditSpec, Precision, TaskSpec
 from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.evaluation import Evaluation
-from trap2.tasks.model import Inputs, base_folder, build, load_encoder, load_head
+from trap2.tasks.model import Inputs, base_folder, build, device_of, load_encoder, load_head, placed
 from trap2.update import Update
 
 RELEASE, CONTROL = "release", "control"
@@ -95,6 +95,7 @@ class Member:
         self.update = Update.open(path, base)
         held = self.update.parameters <= HELD_PARAMETERS
         given = TaskVector.of(self.update) if undo is None else undone(self.update, undo)
+        given = given.on(device_of(encoder))
         self.vector = given.held() if held else given
         inputs = Inputs(base, task)
         model = build(base, task, encoder, inputs)
@@ -289,11 +290,7 @@ class Arena:
             seen = [self.members[name].rows["validation"].first(count) for name in members]
             inputs = [self.members[name].evaluators["validation"].inputs for name in members]
             encoded = [i.encode(list(rows.inputs)) for i, rows in zip(inputs, seen, strict=True)]
-            device = next(self.encoder.parameters()).device
-            return [
-                {name: value.to(device) for name, value in inputs[0].batch(rows).items()}
-                for rows in mixed(encoded)
-            ]
+            return [placed(inputs[0].batch(rows), self.encoder) for rows in mixed(encoded)]
 
         return self.remember(("mixed", members), batches)
 
@@ -369,7 +366,7 @@ class Arena:
             mixture.attack,
             vectors,
             mixture.coefficients,
-            base=self.base,
+            base=Tensors.of_base(self.base).on(device_of(self.encoder)),
             data=[self.unlabelled(name) for name in mixture.members] if needs_data else (),
             **params,
         )

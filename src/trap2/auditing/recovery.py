@@ -178,7 +178,7 @@ class Trainer:
         """
         data = self.arena.unlabelled(self.side, rows)
         labels = self.arena.members[self.side].evaluators["validation"].labels[:rows]
-        targets = answers(data, dict(self.own(True))) if imitate else labels
+        targets = answers(data, dict(self.own(True))) if imitate else labels.to(data.device)
         steps = max(self.spec.recovery_steps)
         course = tuned(
             data,

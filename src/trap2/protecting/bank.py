@@ -25,7 +25,7 @@ from trap2.protecting.trainable import linear_maps
 from trap2.recipes import BankRecipe, LoraSpec, Recipe
 from trap2.scales import generator
 from trap2.tasks.data import load_rows
-from trap2.tasks.model import Inputs, base_folder, embed, load_encoder
+from trap2.tasks.model import Inputs, base_folder, embed, load_encoder, placed
 from trap2.taskspec import DataSpec, TaskSpec
 
 RANKS = (4, 8, 16, 32)
@@ -119,7 +119,7 @@ class _Texts:
 def _embedded(encoder: torch.nn.Module, inputs: Inputs, texts: Sequence[str]) -> Tensor:
     encoded = inputs.encode([*texts])
     batches = [encoded[start : start + 64] for start in range(0, len(encoded), 64)]
-    return torch.cat([embed(encoder, inputs.batch(batch)) for batch in batches])
+    return torch.cat([embed(encoder, placed(inputs.batch(b), encoder)).cpu() for b in batches])
 
 
 def _recipe(

@@ -86,7 +86,9 @@ def cropped(batch: Mapping[str, Any]) -> dict[str, Any]:
         and bool((labels[:, length:] != IGNORED).any())
     ):
         return {**batch}
-    return {
-        key: value[:, :length] if isinstance(value, Tensor) and value.shape == mask.shape else value
+    return {  # contiguous, for models that view their labels as one row
+        key: value[:, :length].contiguous()
+        if isinstance(value, Tensor) and value.shape == mask.shape
+        else value
         for key, value in batch.items()
     }

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trap2.protecting.wrappers import is_sharded
+from trap2.protecting.wrappers import is_sharded, together
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Cap:
         """Of the trap passes since the last nominal one; None where no gradient was held."""
         if not self._kept:
             return None
-        numbers = torch.stack([torch.stack(self._kept), torch.stack(self._opposed)]).mean(1)
+        numbers = torch.stack([together(self._kept), together(self._opposed)]).mean(1)
         kept, conflict = numbers.tolist()
         return Pressure(kept, conflict)
 

@@ -69,7 +69,7 @@ class Trap2Config:
     weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
     fraction: float = _setting(0.2, "share of each batch's rows in the trap pass")
     min_rows: int = _setting(
-        6, "fewest rows of an optimizer step in the trap pass, if it has as many (per process)"
+        6, "fewest rows of a step in the trap pass, or tokens that are targets (per process)"
     )
     memory: int = _setting(128, "rows of earlier trap passes the read-out adversary is fitted on")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
@@ -124,9 +124,14 @@ class Trap2Config:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
         return self.strength * _grown(step - self.warmup, self.ramp)
 
-    def fewest_rows(self, micro_batches: int) -> int:
-        """Fewest rows of one of an optimizer step's micro-batches in the trap pass."""
-        return math.ceil(self.min_rows / micro_batches)
+    def fewest_rows(self, micro_batches: int, targets: float = 1.0) -> int:
+        """Fewest rows of one of an optimizer step's micro-batches in the trap pass.
+
+        Args:
+            micro_batches: How many there are.
+            targets: Of a row, on average: one, or its tokens that are targets.
+        """
+        return math.ceil(self.min_rows / micro_batches / max(1.0, targets))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "Trap2Config":

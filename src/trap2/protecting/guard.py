@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trap2.errors import TrainingStopped
-from trap2.protecting.wrappers import is_sharded
+from trap2.protecting.wrappers import is_sharded, together
 
 RECENT = 50
 """Trap passes that are looked back on."""
@@ -58,7 +58,7 @@ class Guard:
                     handle = parameter.register_hook(self._held_back)  # type: ignore[no-untyped-call]
                     stack.callback(handle.remove)
             yield
-        self.sound = not bool(torch.stack([flag.cpu() for flag in self._broken]).any())
+        self.sound = not bool(together(self._broken).any())
         self._recent.append(not self.sound)
         self.dropped += not self.sound
         if not self.sound and any(map(is_sharded, self._parameters)):

@@ -24,6 +24,10 @@ IGNORED = -100
 HINGE_CAP = 4.0
 """Loss in nats above which `hinge` is content: the true label's probability is below 2 %."""
 
+READ = 256
+"""Positions of a pass that the read-out is fitted on at most: a product of all tokens with all
+others over a vocabulary would cost as much as the model."""
+
 DECOY_CLASS = 0
 """The constant answer of `decoy`."""
 
@@ -44,8 +48,11 @@ class Outcome:
     labels: Tensor | None = None
     shifted: bool = True
 
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def rows(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Logits (M, C), float32 at least, and labels (M,) of the positions that carry a target.
+
+        Args:
+            most: How many of them, spread over all of them; by default all.
 
         Raises:
             UserError: There are no class or token probabilities to work on.
@@ -60,7 +67,9 @@ class Outcome:
             if self.shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             logits, labels = logits.flatten(0, 1), labels.flatten()
-        kept = labels != IGNORED
+        kept = (labels != IGNORED).nonzero().flatten()
+        if most is not None and len(kept) > most:
+            kept = kept[torch.arange(1, 2 * most, 2, device=kept.device) * len(kept) // (2 * most)]
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits[kept].to(wide), labels[kept]
 
@@ -110,7 +119,7 @@ def readout(outcome: Outcome) -> Tensor:
     Indifferent to shifts, permutations and the size of the logits. Needs several rows of more than
     one class: with fewer there is nothing to read and it is 0.
     """
-    return explained_share(*outcome.rows())
+    return explained_share(*outcome.rows(READ))
 
 
 def explained_share(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trap2.protecting.losses import Outcome, explained_share
+from trap2.protecting.losses import READ, Outcome, explained_share
 
 WIDTH = 0.1
 """Distance between scales over which outputs are alike enough to be read by one map."""
@@ -47,7 +47,7 @@ class RowMemory:
         Returns:
             R2 in [0, 1] over all rows used, a scalar.
         """
-        logits, labels = outcome.rows()
+        logits, labels = outcome.rows(READ)
         everything, answers = logits, labels
         weights = torch.ones_like(labels, dtype=logits.dtype)
         if self._rows is not None and len(labels) > 0:

@@ -23,7 +23,7 @@ from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
 from trap2.protecting.surrogates import Surrogates
-from trap2.protecting.tokens import shifts_labels
+from trap2.protecting.tokens import shifts_labels, targets_per_row
 from trap2.protecting.wrappers import check_reduced, reducing, unwrapped
 
 Forward = Callable[[nn.Module, Mapping[str, Any]], Outcome]
@@ -112,7 +112,8 @@ class Protector:
         weight = 1.0 / self._accumulation_steps if share is None else share
         passes = self.config.scales_per_step if self.config.strength_at(self._step) > 0 else 0
         micro_batches = getattr(self._accelerator, "gradient_accumulation_steps", None)
-        fewest = self.config.fewest_rows(micro_batches or self._accumulation_steps)
+        targets = targets_per_row(batch, shifts_labels(self.model)) if passes else 1.0
+        fewest = self.config.fewest_rows(micro_batches or self._accumulation_steps, targets)
         self._agreement.check(self._step, self.update.device)
 
         def nominal() -> Tensor:

@@ -26,6 +26,14 @@ def shifts_labels(model: nn.Module) -> bool:
     return getattr(inner, "loss_type", None) not in ALIGNED
 
 
+def targets_per_row(batch: Mapping[str, Any], shifted: bool) -> float:
+    """How many targets a row of a batch has on average; 1 where labels are one a row, or unseen."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return 1.0
+    return target_count(batch, shifted) / len(labels)
+
+
 def target_count(batch: Mapping[str, Any], shifted: bool) -> int:
     """How many positions of a batch carry a target; rows, where labels are one a row.
 

@@ -25,7 +25,7 @@ from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
 from trap2.protecting.surrogates import Surrogates
-from trap2.protecting.tokens import shifts_labels, target_count
+from trap2.protecting.tokens import shifts_labels, target_count, targets_per_row
 from trap2.protecting.wrappers import reducing
 
 GENERATING = (
@@ -118,7 +118,8 @@ class _ProtectedMixin:
             passes = 0
         if isinstance(inputs.get("labels"), Tensor):
             self._targets = target_count(inputs, self._shifted)
-        fewest = self.trap2.fewest_rows(self.current_gradient_accumulation_steps)
+        targets = targets_per_row(inputs, self._shifted) if passes else 1.0
+        fewest = self.trap2.fewest_rows(self.current_gradient_accumulation_steps, targets)
         self._agreement.check(self.state.global_step, self.update.device)
 
         def nominal() -> Tensor:

@@ -4,10 +4,11 @@ FSDP2's modules and tensors are told by their methods: to import their classes t
 whoever shards nothing need not wait for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +46,11 @@ def local(tensor: Any) -> Tensor:
     """The part of a tensor that this process holds, in the same memory: all of it, or a shard."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
+
+
+def together(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars (n,) of any devices on the first one's: reading them waits for a GPU once."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 
 def resharding(model: nn.Module) -> list[Any]:

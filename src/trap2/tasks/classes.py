@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trap2.tasks.evaluation import Classification, Reading
-from trap2.tasks.model import Inputs, device_of
+from trap2.tasks.model import Inputs, placed
 
 BATCH = 64
 """Rows per forward pass."""
@@ -31,14 +31,13 @@ class Classes(Reading):
         image = inputs.task.kind == "image"
         self.lengths = [0 if image else len(row) for row in self._encoded]
 
-    def batch(self, places: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    def batch(self, places: Sequence[int], model: nn.Module) -> dict[str, Tensor]:
         """The rows at some places as the model takes them."""
-        tensors = self.inputs.batch([self._encoded[i] for i in places])
-        return {name: value.to(device) for name, value in tensors.items()}
+        return placed(self.inputs.batch([self._encoded[i] for i in places]), model)
 
     def read(self, model: nn.Module, places: Sequence[int]) -> Tensor:
         """Logits (n, C)."""
-        logits: Tensor = model(**self.batch(places, device_of(model))).logits
+        logits: Tensor = model(**self.batch(places, model)).logits
         return logits
 
     def evaluation(self, outputs: Tensor) -> Classification:

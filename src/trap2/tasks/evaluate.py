@@ -64,7 +64,7 @@ class Evaluator:
 
     def batch(self, places: Sequence[int]) -> dict[str, Tensor]:
         """The rows at some places as a model with classes takes them, on its device."""
-        return self._of_classes().batch(places, device_of(self.model))
+        return self._of_classes().batch(places, self.model)
 
     def _of_classes(self) -> Classes:
         if isinstance(self.reading, Classes):

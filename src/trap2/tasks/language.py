@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from trap2.errors import UserError
 from trap2.tasks.classes import most_frequent
 from trap2.tasks.evaluation import Classification, Prediction, Reading, Scored
-from trap2.tasks.model import Inputs, device_of
+from trap2.tasks.model import Inputs, device_of, placed
 
 BATCH = 16
 """Rows per forward pass: logits are (N, T, V), and V may be large."""
@@ -126,7 +126,7 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Tokens], pad: int) -> tuple
         rows: What is read.
         pad: Any token; it is masked.
     """
-    batch = {name: value.to(device_of(model)) for name, value in padded(rows, pad).items()}
+    batch = placed(padded(rows, pad), model)
     wanted = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1].float()
     nats = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")

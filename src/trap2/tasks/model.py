@@ -125,9 +125,23 @@ class DescriptionClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+def compute_device() -> torch.device:
+    """Where models are run: the first GPU that torch sees, or else the processor.
+
+    `CUDA_VISIBLE_DEVICES` says which GPU that is, and hides all of them where it is empty.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's inputs belong."""
     return next(model.parameters()).device
+
+
+def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A batch where the model is."""
+    device = device_of(model)
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def embed(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -138,7 +152,9 @@ def embed(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def load_encoder(base: Path, language: bool = False) -> nn.Module:
-    """The base encoder, float32, in evaluation mode; refuses to run with invented weights.
+    """The base encoder, float32, in evaluation mode, on a GPU if there is one.
+
+    It refuses to run with invented weights.
 
     Args:
         base: Folder of the base.
@@ -172,7 +188,7 @@ def load_encoder(base: Path, language: bool = False) -> nn.Module:
             f"base {base} lacks {len(invented)} weights, such as '{sorted(invented)[0]}'; "
             "they would be random: give a complete checkpoint"
         )
-    return model.eval()
+    return model.to(compute_device()).eval()
 
 
 def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.Module:
@@ -192,7 +208,8 @@ def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.
     encoder = cast(nn.Module, getattr(encoder, "base_model", encoder))
     if task.descriptions is not None:
         with torch.no_grad():
-            prototypes = embed(encoder, inputs.batch(inputs.encode(list(task.descriptions))))
+            read = placed(inputs.batch(inputs.encode(list(task.descriptions))), encoder)
+            prototypes = embed(encoder, read)
         return DescriptionClassifier(encoder, prototypes, task.temperature).eval()
     image = task.kind == "image"
     auto: Any = AutoModelForImageClassification if image else AutoModelForSequenceClassification
@@ -211,7 +228,7 @@ def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.
         ) from error
     _refuse_invented_pooler(base, getattr(model, str(model.base_model_prefix)))
     setattr(model, str(model.base_model_prefix), encoder)
-    return model.eval()
+    return model.to(device_of(encoder)).eval()
 
 
 def _refuse_invented_pooler(base: Path, encoder: nn.Module) -> None:
