@@ -220,6 +220,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "seconds": record["seconds"],
         "references": record["references"],
         "settings": record["settings"],
+        "machine": record["machine"],
         "created": record["created"],
     }
 

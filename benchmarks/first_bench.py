@@ -242,10 +242,10 @@ def summary_of(report: Report) -> dict[str, Any]:
     """What the table and the figures need of one audit."""
     record = report.model_dump(mode="json")
     kept = ("references", "utility_cost", "scale_curve", "tiers", "rows", "versions", "seconds")
+    kept += ("utility_cost_interval", "machine")
     attacks = ("name", "tier", "relabel_rows", "params", "merged", "retained", "admissible")
     attacks += ("unconstrained_retained", "control_params", "control_admissible")
     attacks += ("control_merged", "control_retained", "partners", "interval", "control_interval")
-    kept += ("utility_cost_interval",)
     return {key: record[key] for key in kept} | {
         "precision": record["settings"]["precision"],
         "attacks": [{key: entry[key] for key in attacks} for entry in record["attacks"]],

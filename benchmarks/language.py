@@ -46,8 +46,9 @@ from trap2.tasks.model import Inputs, load_encoder, placed
 RESULTS = Path(__file__).parent.parent / "results" / "language.json"
 PROTECTED, PARTNER = "shakespeare", "maths"
 CHARACTERS = 200
-STEPS, LEARNING_RATE = 300, 3e-3
-TRAP = {"warmup": 40, "ramp": 60, "closing": 100}
+STEPS, LEARNING_RATE = 600, 3e-3
+TRAP: dict[str, Any] = {}
+"""What is changed in the default: nothing."""
 SCALES = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3, 1.6]
 READ_AT = (0.0, 0.5, 0.8, 0.9, 1.0)
 ATTACKER: dict[str, Any] = {

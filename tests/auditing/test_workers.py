@@ -15,6 +15,7 @@ import torch
 
 import pico
 from auditing.test_ledger import SMALL, recorded, same
+from test_cli import unblock
 from trap2.attacks.attack import ATTACKS, attack
 from trap2.auditing import workers
 from trap2.auditing.arena import CONTROL, RELEASE, Arena, Done, Job, Mixture
@@ -28,9 +29,6 @@ from trap2.recipes import AuditSpec
 
 LINE = {"coefficients": [round(0.02 * k, 2) for k in range(1, 81)], "relabel_rows": []}
 """A grid that is not done in the blink of an eye."""
-
-LONG = {**LINE, "coefficients": [round(0.005 * k, 3) for k in range(1, 321)]}
-"""One that lasts longer than a second crew takes to start, on a busy machine too."""
 
 PATIENCE = 240
 
@@ -132,11 +130,17 @@ def test_an_attack_that_workers_cannot_find_is_refused(monkeypatch):
 
 def test_a_worker_killed_then_ctrl_c_then_one_process(shelf, tmp_path):
     """The three of them on one audit: what died is done again, no worker outlives its audit."""
-    settings = shelf.audit("lora", **{**SMALL, **LONG})
+    settings = shelf.audit("lora", **{**SMALL, **LINE})
     path, out = pico.write_yaml(tmp_path / "audit.yaml", settings), tmp_path / "out"
     command = [sys.executable, "-W", "ignore", "-m", "trap2", "audit", str(path)]
     command += ["--out", str(out), "--workers", "2"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=unblock,
+    )
 
     def rows() -> int:
         with suppress(sqlite3.OperationalError):  # not there yet, or busy
