@@ -1,4 +1,4 @@
-"""Fixtures that are dear to make and never changed: made once for the whole run."""
+"""Fixtures: what is dear to make and never changed is made once for the whole run."""
 
 import json
 from pathlib import Path
@@ -74,3 +74,12 @@ def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainees.llama().save_pretrained(folder)  # type: ignore[operator]
     trainees.tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["on the way", "apart"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of judging the trap's gradients, whatever share of the model is trained."""
+    little = 1.0 if request.param == "apart" else 0.0
+    monkeypatch.setattr("trap2.protecting.keeping.LITTLE", little)
+    name: str = request.param
+    return name

@@ -52,6 +52,7 @@ def breaking(change: Callable[[Tensor], Tensor], passes: set[int]) -> Any:
     return forward
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("make", [llama, lora])
 @pytest.mark.parametrize("broken", list(BREAKS))
 def test_a_broken_trap_leaves_the_nominal_gradient_alone(
@@ -77,6 +78,7 @@ def test_a_broken_trap_leaves_the_nominal_gradient_alone(
     assert sound.dropped == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_an_overflow_is_left_to_a_gradient_scaler() -> None:
     """It must see it, to skip the step and to scale less from then on."""
     model = lora()
@@ -87,6 +89,7 @@ def test_an_overflow_is_left_to_a_gradient_scaler() -> None:
     assert protector.dropped == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_more_than_a_tenth_of_the_recent_passes_stops_training() -> None:
     model, batch = lora(), stacked(ragged(2))
     first = set(range(1, TOLERATED + 1))

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from trap2.errors import TrainingStopped
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.wrappers import processes
 
 EVERY = 100
 """Backward calls from one comparison to the next; the first call is compared too."""
@@ -33,7 +34,7 @@ class Agreement:
         Raises:
             TrainingStopped: The processes disagree; raised in all of them.
         """
-        if not (dist.is_available() and dist.is_initialized()) or self._config.strength == 0:
+        if processes() == 1 or self._config.strength == 0:
             return
         self._calls += 1
         if (self._calls - 1) % EVERY:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trap2.protecting.wrappers import is_sharded, together
+from trap2.protecting.wrappers import is_sharded
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cap:
     """
 
     def __init__(self, model: nn.Module, multiple: float) -> None:
-        self._parameters, self._multiple = [*model.parameters()], multiple
+        self._parameters, self.multiple = [*model.parameters()], multiple
         self._squares: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
         self._opposed: list[Tensor] = []
@@ -60,14 +60,29 @@ class Cap:
         """Of the trap passes since the last nominal one; None where no gradient was held."""
         if not self._kept:
             return None
-        numbers = torch.stack([together(self._kept), together(self._opposed)]).mean(1)
-        kept, conflict = numbers.tolist()
+        first = self._kept[0].device  # reading them all there waits for a GPU once
+        seen = [torch.cat([part.to(first) for part in o]) for o in (self._kept, self._opposed)]
+        kept, conflict = torch.stack(seen).mean(1).tolist()
         return Pressure(kept, conflict)
+
+    def share(self, own: Tensor, trap: Tensor) -> Tensor:
+        """What is left of the trap's gradients; from squared norms of them and of the task's."""
+        share = self.multiple * (own / trap).sqrt()
+        return torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0)
+
+    def note(self, shares: Tensor, products: Tensor) -> None:
+        """Take down shares of some gradients (n,), and their products with what was there."""
+        self._kept.append(shares.float())
+        self._opposed.append((products < 0).float())
+
+    def forget(self) -> None:
+        """Begin with another nominal pass."""
+        self._squares, self._kept, self._opposed = {}, [], []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Around the nominal pass: take note of its gradients' norms."""
-        self._squares, self._kept, self._opposed = {}, [], []
+        self.forget()
         with self._hooked(self._note):
             yield
 
@@ -80,7 +95,7 @@ class Cap:
     @contextmanager
     def _hooked(self, act: Callable[[int, nn.Parameter, Tensor], Tensor | None]) -> Iterator[None]:
         with ExitStack() as stack:
-            parameters = self._parameters if self._multiple > 0 else []
+            parameters = self._parameters if self.multiple > 0 else []
             for place, parameter in enumerate(parameters):
                 if parameter.requires_grad and not is_sharded(parameter):
                     hook = parameter.register_hook(_at(place, parameter, act))  # type: ignore[no-untyped-call]
@@ -96,10 +111,8 @@ class Cap:
         own = self._squares.get(place)
         if own is None:  # the task does not move it, so the trap must not either
             return torch.zeros_like(grad)
-        share = self._multiple * (own / _square(grad)).sqrt()
-        share = torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0)
-        self._kept.append(share.float())
-        self._opposed.append((_product(parameter.grad, grad) < 0).float())
+        share = self.share(own, _square(grad))
+        self.note(share.reshape(1), product(parameter.grad, grad).reshape(1))
         return grad * share.to(grad.dtype)
 
 
@@ -109,7 +122,7 @@ def _at(
     return lambda grad: act(place, parameter, grad)
 
 
-def _product(gathered: Tensor | None, grad: Tensor) -> Tensor:
+def product(gathered: Tensor | None, grad: Tensor) -> Tensor:
     """Inner product with what is in `.grad`; 0 where nothing is."""
     if gathered is None:
         return grad.new_zeros(())

@@ -58,6 +58,21 @@ class Guard:
                     handle = parameter.register_hook(self._held_back)  # type: ignore[no-untyped-call]
                     stack.callback(handle.remove)
             yield
+        self.settle()
+
+    def fit(self, squares: Tensor) -> Tensor:
+        """Which gradients of a pass may be added, by their squared norms (n,); then `settle`."""
+        sound = torch.ones_like(squares) if self._has_scaler else squares
+        fit = sound.isfinite() & ~self._broken[0].to(squares.device)
+        self._broken.append(~fit.all())
+        return fit
+
+    def settle(self) -> None:
+        """Count a pass that has ended.
+
+        Raises:
+            TrainingStopped: See `watch`.
+        """
         self.sound = not bool(together(self._broken).any())
         self._recent.append(not self.sound)
         self.dropped += not self.sound

@@ -18,6 +18,7 @@ from trap2.protecting.batches import part_of
 from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
+from trap2.protecting.keeping import Keeper
 from trap2.protecting.losses import Outcome
 from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
@@ -88,8 +89,9 @@ class Protector:
         # A backward of the user's own may scale its losses.
         own = backward is not torch.Tensor.backward
         scaler = getattr(accelerator, "scaler", None)
-        self._guard = Guard(self.update.model, has_scaler=own or scaler is not None)
-        self._cap = Cap(self.update.model, self.config.cap)
+        guard = Guard(self.update.model, has_scaler=own or scaler is not None)
+        cap = Cap(self.update.model, self.config.cap)
+        self._keeper = Keeper(self.update.model, cap, guard)
         self._surrogates = Surrogates.of(self.config, self.update)
         self._step, self._micro = 0, 0
 
@@ -115,6 +117,11 @@ class Protector:
         targets = targets_per_row(batch, shifts_labels(self.model)) if passes else 1.0
         fewest = self.config.fewest_rows(micro_batches or self._accumulation_steps, targets)
         self._agreement.check(self._step, self.update.device)
+        # Before the passes: how long the rows are has to be read from a GPU.
+        parts = [
+            part_of(batch, self.config.fraction, part, passes, fewest=fewest)
+            for part in range(passes)
+        ]
 
         def nominal() -> Tensor:
             with reducing(self.model, now=passes == 0):
@@ -124,10 +131,9 @@ class Protector:
             return loss
 
         def scaled(part: int, s: float, factor: float) -> Tensor:
-            rows = part_of(batch, self.config.fraction, part, passes, fewest=fewest)
             with reducing(self.model, now=part == passes - 1):
-                value = self.objective(self._forward(self.model, rows), s)
-                self._guard.see(value)
+                value = self.objective(self._forward(self.model, parts[part]), s)
+                self._keeper.guard.see(value)
                 self._backward(value * (factor * weight))
             return value
 
@@ -137,8 +143,7 @@ class Protector:
             update=self.update,
             config=self.config,
             step=self._step,
-            guard=self._guard,
-            cap=self._cap,
+            keeper=self._keeper,
             surrogates=self._surrogates,
         )
         self._count()
@@ -147,7 +152,7 @@ class Protector:
     @property
     def dropped(self) -> int:
         """How many trap passes were not finite and left no gradient."""
-        return self._guard.dropped
+        return self._keeper.guard.dropped
 
     def _count(self) -> None:
         """Count this micro-batch, and the optimizer step if it ends here."""

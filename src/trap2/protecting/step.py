@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from trap2.errors import TrainingStopped
-from trap2.protecting.cap import Cap, Pressure
+from trap2.protecting.cap import Pressure
 from trap2.protecting.config import Trap2Config
-from trap2.protecting.guard import Guard
+from trap2.protecting.keeping import Keeper
 from trap2.protecting.scaled import LiveUpdate, frozen_statistics
 from trap2.protecting.surrogates import Mix, Surrogates
 
@@ -50,8 +50,7 @@ def trap_step(
     update: LiveUpdate,
     config: Trap2Config,
     step: int,
-    guard: Guard | None = None,
-    cap: Cap | None = None,
+    keeper: Keeper | None = None,
     surrogates: Surrogates | None = None,
 ) -> StepRecord:
     """Run one step's forward and backward passes; the gradients are left in `.grad`.
@@ -64,8 +63,8 @@ def trap_step(
         update: The update in training.
         config: Settings.
         step: Index of the optimizer step; the same for all micro-batches of one step.
-        guard: Drops trap passes that are not finite; without it they stop training.
-        cap: Holds the trap's gradient to a multiple of the nominal one.
+        keeper: Caps the trap's gradients and drops those that are not finite; without it they stop
+            training.
         surrogates: Partners that stand beside the update in a share of the trap passes.
 
     Raises:
@@ -73,10 +72,10 @@ def trap_step(
     """
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
     strength, law = config.strength_at(step), config.law_at(step)
-    with cap.listening() if cap and strength else nullcontext():
-        loss = _finite(nominal(), "nominal loss", step)
     if strength == 0.0:
-        return StepRecord(loss, None, ())
+        return StepRecord(_finite(nominal(), "nominal loss", step), None, ())
+    with keeper.listening() if keeper else nullcontext():
+        loss = nominal()
     scales = law.draw(config.scale_seed, step, config.scales_per_step)
     mixes = [surrogates.mix(step, *p) if surrogates else Mix(p[1]) for p in enumerate(scales)]
     traps = []
@@ -85,14 +84,14 @@ def trap_step(
             added = surrogates.added(mix) if surrogates else ()
             chain = stack.enter_context(update.at(mix.s, added))
             stack.enter_context(frozen_statistics(update.model))
-            stack.enter_context(cap.holding() if cap else nullcontext())
-            stack.enter_context(guard.watch() if guard else nullcontext())
+            stack.enter_context(keeper.holding() if keeper else nullcontext())
             trap = scaled(part, mix.place, strength * law.weight(mix.s) / len(mixes) * chain)
-        if guard is None or guard.sound:
+            found = _finite(loss, "nominal loss", step)  # not before: to read it waits for a GPU
+        if keeper is None or keeper.guard.sound:
             traps.append(_finite(trap, "trap loss", step))
     mean = sum(traps) / len(traps) if traps else None
     drawn, dropped = tuple(mix.s for mix in mixes), len(mixes) - len(traps)
-    return StepRecord(loss, mean, drawn, dropped, cap.pressure if cap else None)
+    return StepRecord(found, mean, drawn, dropped, keeper.cap.pressure if keeper else None)
 
 
 def _finite(loss: Tensor, what: str, step: int) -> float:

@@ -20,6 +20,7 @@ from trap2.protecting.batches import part_of
 from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
+from trap2.protecting.keeping import Keeper
 from trap2.protecting.losses import Outcome
 from trap2.protecting.objective import TrapObjective
 from trap2.protecting.scaled import LiveUpdate
@@ -96,8 +97,8 @@ class _ProtectedMixin:
         self.objective = TrapObjective(self.trap2)
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
-        self._guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
-        self._cap = Cap(self.model, self.trap2.cap)
+        guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
+        self._keeper = Keeper(self.model, Cap(self.model, self.trap2.cap), guard)
         self.surrogates = Surrogates.of(self.trap2, self.update)
         self._shifted = shifts_labels(self.model)
         self._loss_alone = self.objective.reads_the_loss_alone
@@ -121,6 +122,11 @@ class _ProtectedMixin:
         targets = targets_per_row(inputs, self._shifted) if passes else 1.0
         fewest = self.trap2.fewest_rows(self.current_gradient_accumulation_steps, targets)
         self._agreement.check(self.state.global_step, self.update.device)
+        # Before the passes: how long the rows are has to be read from a GPU.
+        parts = [
+            part_of(inputs, self.trap2.fraction, p, passes, fewest=fewest, stacked=self._stacked)
+            for p in range(passes)
+        ]
 
         def nominal() -> Tensor:
             with reducing(model, now=passes == 0):
@@ -128,13 +134,10 @@ class _ProtectedMixin:
             return losses[0]
 
         def scaled(part: int, s: float, factor: float) -> Tensor:
-            rows = part_of(
-                inputs, self.trap2.fraction, part, passes, fewest=fewest, stacked=self._stacked
-            )
             self._factor, self._scale = factor, s
             try:
                 with self._counters_kept(), reducing(model, now=part == passes - 1):
-                    step(model, rows, *args, **kwargs)
+                    step(model, parts[part], *args, **kwargs)
             finally:
                 self._factor = None
             assert self._trap is not None
@@ -146,8 +149,7 @@ class _ProtectedMixin:
             update=self.update,
             config=self.trap2,
             step=self.state.global_step,
-            guard=self._guard,
-            cap=self._cap,
+            keeper=self._keeper,
             surrogates=self.surrogates,
         )
         self._records.append(self.last)
@@ -178,7 +180,7 @@ class _ProtectedMixin:
         outcome = self._outcome(compute, model, inputs, kwargs)
         value = self.objective(outcome, self._scale)
         self._trap = value.detach()
-        self._guard.see(value)
+        self._keeper.guard.see(value)
         scaled_loss = value * (self._factor * self._share(items))
         return (scaled_loss, {"logits": outcome.logits}) if return_outputs else scaled_loss
 

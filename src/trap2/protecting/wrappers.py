@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from trap2.errors import Unsupported
@@ -35,6 +36,11 @@ def reducing(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
     if now or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -1,0 +1,143 @@
+"""How the trap's gradients get into `.grad`: capped (`cap.py`), or left out (`guard.py`).
+
+Where little of a model is trained, as with an adapter, the gradients of a pass are kept apart until
+it has ended, and all tensors are judged and added together: on a GPU hundreds of small ones, each
+judged by a dozen kernels on its way, cost more than the pass itself. Otherwise each is judged as it
+arrives, without a copy: of a whole model the copies would be as large as the model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trap2.protecting.cap import Cap, product
+from trap2.protecting.guard import Guard
+from trap2.protecting.wrappers import is_sharded, processes
+
+LITTLE = 0.1
+"""Share of a model up to which a second set of its gradients does not matter."""
+
+
+class Keeper:
+    """Lets the trap's gradients into `.grad`.
+
+    Args:
+        model: The model in training.
+        cap: Holds them to a multiple of the nominal ones.
+        guard: Leaves out what is not finite.
+    """
+
+    def __init__(self, model: nn.Module, cap: Cap, guard: Guard) -> None:
+        everything = [*model.parameters()]
+        self._trained = [p for p in everything if p.requires_grad]
+        little = _size(self._trained) <= LITTLE * _size(everything)
+        self._little = little and not any(map(is_sharded, self._trained))
+        self._own: dict[int, Tensor] = {}
+        self.cap, self.guard = cap, guard
+
+    @property
+    def _apart(self) -> bool:
+        # What reduces gradients over processes has to find all of them in `.grad`.
+        return self._little and processes() == 1
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around the nominal pass: take note of its gradients' norms."""
+        if not self._apart:
+            with self.cap.listening():
+                yield
+            return
+        self.cap.forget()
+        before = self._taken()
+        try:
+            yield
+        finally:
+            own = _dense(self._taken())
+            if self.cap.multiple:
+                self._own = dict(zip(own, _squares([*own.values()]), strict=True))
+            self._put(before)
+            self._add(own)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Around a trap pass, inside everything else that changes its gradients."""
+        if not self._apart:
+            with ExitStack() as stack:
+                stack.enter_context(self.cap.holding())
+                stack.enter_context(self.guard.watch())
+                yield
+            return
+        before = self._taken()
+        try:
+            yield
+            found = self._taken()
+        finally:
+            self._put(before)
+        self._judge(_dense(found))
+
+    def _judge(self, found: dict[int, Tensor]) -> None:
+        """Add the gradients of a trap pass to the nominal ones."""
+        if self.cap.multiple:  # what the task does not move, the trap must not either
+            found = {place: grad for place, grad in found.items() if place in self._own}
+        if found:
+            squares = _squares([*found.values()])
+            shares = torch.ones_like(squares)
+            if self.cap.multiple:
+                own = torch.stack([self._own[place] for place in found])
+                shares = self.cap.share(own, squares)
+                gathered = [self._trained[place].grad for place in found]
+                inner = map(product, gathered, found.values())
+                self.cap.note(shares, torch.stack([p.to(shares) for p in inner]))
+            fit = self.guard.fit(squares)
+            factors = torch.where(fit, shares, -1.0).tolist()  # the one wait for a GPU
+            let_in = {p: f for p, f in zip(found, factors, strict=True) if f >= 0}
+            found = {place: found[place] for place in let_in}
+            if found:
+                torch._foreach_mul_([*found.values()], [*let_in.values()])
+            self._add(found)
+        self.guard.settle()
+
+    def _taken(self) -> list[Tensor | None]:
+        """What is in `.grad`, which is empty afterwards."""
+        found = [parameter.grad for parameter in self._trained]
+        self._put([None] * len(found))
+        return found
+
+    def _put(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._trained, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _add(self, gradients: dict[int, Tensor]) -> None:
+        """Add to what is in `.grad`."""
+        there, more = [], []
+        for place, gradient in gradients.items():
+            parameter = self._trained[place]
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                there.append(parameter.grad)
+                more.append(gradient)
+        if there:
+            torch._foreach_add_(there, more)
+
+
+def _size(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _dense(gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """Those that are there, by their places."""
+    there = {place: grad for place, grad in enumerate(gradients) if grad is not None}
+    return {place: g.to_dense() if g.is_sparse else g for place, g in there.items()}
+
+
+@torch.no_grad()
+def _squares(gradients: Sequence[Tensor]) -> Tensor:
+    """Squared norms (n,), in float32 at least: a half would overflow."""
+    if not gradients:
+        return torch.zeros(0)
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = torch._foreach_norm([*gradients], 2, dtype=wide)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square()

@@ -1,0 +1,122 @@
+"""Gradients kept apart until a pass has ended come out as those judged on their way."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainees import DECOY, OFF, llama, lora, move, ragged, stacked
+from trap2.protecting import keeping
+from trap2.protecting.cap import Cap
+from trap2.protecting.guard import Guard
+from trap2.protecting.keeping import Keeper
+from trap2.protecting.protector import Protector
+
+PARTS = [stacked(ragged()[:2]), stacked(ragged()[2:])]
+
+
+def trained(make: Callable[[], nn.Module], config: Any, **more: Any) -> tuple[Protector, Any]:
+    """The protector and the gradients by name, None for none, after a step of two batches."""
+    model = make()
+    protector = Protector(model, config, accumulation_steps=2, **more)
+    move(model)
+    for part in PARTS:
+        protector.backward(part)
+    return protector, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("make", [llama, lora])
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_both_ways_give_the_same(
+    make: Callable[[], nn.Module], cap: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(DECOY, cap=cap, scales_per_step=passes, strength=3.0)
+    found = []
+    for little in (0.0, 1.0):
+        monkeypatch.setattr(keeping, "LITTLE", little)
+        found.append(trained(make, config))
+        assert found[-1][0]._keeper._apart is (little == 1.0)
+    (hooked, one), (apart, other) = found
+    assert hooked.last is not None
+    assert apart.last is not None
+    assert hooked.last.trap == apart.last.trap
+    assert one.keys() == other.keys()
+    for name in one:
+        # A tensor with two uses, as tied embeddings are, hands its gradient over in parts.
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-8)
+    if cap == 0.0:
+        assert hooked.last.pressure is apart.last.pressure is None
+        return
+    assert hooked.last.pressure is not None
+    assert apart.last.pressure is not None
+    assert asdict(hooked.last.pressure) == pytest.approx(asdict(apart.last.pressure))
+
+
+def test_an_adapter_is_kept_apart_and_a_whole_model_is_not() -> None:
+    whole = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50))
+    keeper = Keeper(whole, Cap(whole, 1.0), Guard(whole, has_scaler=False))
+    assert not keeper._apart
+    for parameter in whole.parameters():
+        parameter.requires_grad = parameter.dim() == 1
+    keeper = Keeper(whole, Cap(whole, 1.0), Guard(whole, has_scaler=False))
+    assert keeper._apart
+
+
+def test_nothing_is_kept_apart_from_what_reduces_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeping, "LITTLE", 1.0)
+    model = llama()
+    keeper = Keeper(model, Cap(model, 1.0), Guard(model, has_scaler=False))
+    assert keeper._apart
+    monkeypatch.setattr(keeping, "processes", lambda: 2)
+    assert not keeper._apart
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_pass_that_fails_leaves_what_was_there(passes: int) -> None:
+    """The nominal gradient, and the user's own before it."""
+    calls: list[int] = []
+
+    def backward(loss: Tensor) -> None:
+        calls.append(1)
+        if len(calls) > passes:
+            raise KeyboardInterrupt
+        loss.backward()
+
+    model = lora()
+    config = replace(DECOY, scales_per_step=2)
+    protector = Protector(model, config, backward=backward)
+    move(model)
+    mine = {n: torch.ones_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.grad = mine.get(name)
+    with pytest.raises(KeyboardInterrupt):
+        protector.backward(PARTS[0])
+    plain = lora()
+    move(plain)
+    Protector(plain, OFF).backward(PARTS[0])
+    nominal = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    left = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    same = [torch.allclose(left[n], nominal[n] + 1.0, rtol=1e-5, atol=1e-6) for n in nominal]
+    assert all(same) is (passes == 1)  # the second time a trap's gradient is there too
+
+
+@pytest.mark.usefixtures("way")
+def test_a_nominal_pass_that_fails_leaves_what_was_there() -> None:
+    def backward(loss: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    model = lora()
+    protector = Protector(model, DECOY, backward=backward)
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(KeyboardInterrupt):
+        protector.backward(PARTS[0])
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
+    assert all(p.grad is None for p in model.parameters() if p is not parameter)
