@@ -1,12 +1,16 @@
 """Fixtures: what is dear to make and never changed is made once for the whole run."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import pico
+
+# Tests feed models where they are made; on a GPU, name it: CUDA_VISIBLE_DEVICES=0 make test.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 settings.register_profile(
     "trap2", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
