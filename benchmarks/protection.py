@@ -6,7 +6,9 @@ Reads `results/first_bench.json`, `images.json` and `language.json`, trains noth
 `results/protection.json` and `.md`. Each line is one task and way of training under the default
 setting, a mean over its seeds; the figures are means (or the worst) over lines. Unmergeability is
 that of the worst attack of the tier itself, T2 with 300 labelled rows; language models are not
-re-labelled, so they have no T2.
+re-labelled, so they have no T2. Where the control keeps less than half of its skill in a merge,
+merging fails without a trap too: such a line says nothing of protection and counts in no mean of
+unmergeability, only in those of utility.
 """
 
 import statistics
@@ -23,8 +25,14 @@ TIERS = {"T1": 0, "T2": 300, "T3": None}
 """Tiers, each with its labelled rows; None for any number of them."""
 
 NUMBERS = ("base", "control", "standalone", "utility_cost")
+MERGES = 0.5
+"""Unmergeability of a control from which on it cannot be said to merge."""
+
 NOTE = "In per cent, means over seeds; U is unmergeability (100: no merge that counts keeps any "
-NOTE += "skill), in brackets the control's. Made by `python benchmarks/protection.py`.\n\n"
+NOTE += (
+    "skill), in brackets the control's; struck out where the control does not merge either, which "
+)
+NOTE += "says nothing of protection. Made by `python benchmarks/protection.py`.\n\n"
 
 
 def main() -> None:
@@ -85,10 +93,11 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, float]:
     costs = [line["utility_cost"] for line in lines]
     found = {"utility_cost_mean": statistics.mean(costs), "utility_cost_max": max(costs)}
     for tier in TIERS:
-        for suffix in ("", "_control"):
-            key = f"{tier.lower()}_unmergeability"
-            values = [line[key + suffix] for line in lines if key + suffix in line]
-            found[f"{key}_mean{suffix}"] = statistics.mean(values)
+        key = f"{tier.lower()}_unmergeability"
+        counted = [line for line in lines if line.get(f"{key}_control", 1.0) < MERGES]
+        found[f"{tier.lower()}_lines"] = len(counted)
+        for suffix in ("", "_control") if counted else ():
+            found[f"{key}_mean{suffix}"] = statistics.mean(line[key + suffix] for line in counted)
     return found
 
 
@@ -106,7 +115,11 @@ def table(lines: dict[str, dict[str, Any]]) -> str:
 
 def _tier(line: dict[str, Any], tier: str) -> str:
     key = f"{tier.lower()}_unmergeability"
-    return f"{100 * line[key]:.0f} ({100 * line[key + '_control']:.0f})" if key in line else "-"
+    if key not in line:
+        return "-"
+    control = line[f"{key}_control"]
+    cell = f"{100 * line[key]:.0f} ({100 * control:.0f})"
+    return cell if control < MERGES else f"~~{cell}~~"
 
 
 if __name__ == "__main__":

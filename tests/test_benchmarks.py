@@ -82,6 +82,9 @@ def test_what_is_protected_is_averaged_over_seeds_and_then_over_tasks(results):
         {
             "utility_cost_mean": (0.03 + 0.01) / 2,
             "utility_cost_max": 0.03,
+            "t1_lines": 2,
+            "t2_lines": 1,
+            "t3_lines": 1,
             "t1_unmergeability_mean": (0.9 + 0.7) / 2,
             "t1_unmergeability_mean_control": (0.1 + 0.0) / 2,
             "t2_unmergeability_mean": 0.5,  # of the only run that has it, 300 rows alone
@@ -95,6 +98,23 @@ def test_what_is_protected_is_averaged_over_seeds_and_then_over_tasks(results):
     assert written.count("\n| ") == 3  # the head and two lines
     assert "| 50.0 | 90.0 | 87.0 | 3.0 | 90 (10) | 50 (30) | 40 (10) |" in written
     assert "| 50.0 | 90.0 | 89.0 | 1.0 | 70 (0) | - | - |" in written
+
+
+def test_what_does_not_merge_without_a_trap_is_no_evidence_for_one():
+    module = _loaded("protection")
+    line = {"utility_cost": 0.0, "t1_unmergeability": 1.0, "t1_unmergeability_control": 0.9}
+    other = {**line, "utility_cost": 0.02, "t1_unmergeability_control": 0.2}
+    assert module.figures([line, other]) == {
+        "utility_cost_mean": 0.01,
+        "utility_cost_max": 0.02,
+        "t1_lines": 1,
+        "t1_unmergeability_mean": 1.0,
+        "t1_unmergeability_mean_control": 0.2,
+        "t2_lines": 0,
+        "t3_lines": 0,
+    }
+    assert module._tier(line, "T1") == "~~100 (90)~~"
+    assert module._tier(other, "T1") == "100 (20)"
 
 
 @pytest.fixture(scope="module")
