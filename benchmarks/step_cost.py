@@ -1,13 +1,14 @@
 """What a protected step costs beside a plain one, in time and in memory.
 
     python benchmarks/step_cost.py                       # CPU: MiniLM's shape and a 100 M decoder
-    python benchmarks/step_cost.py --models llama-1b llama-8b --device cuda
+    python benchmarks/step_cost.py --models llama-1b llama-1b-wide llama-8b --device cuda
 
 Random weights of real shapes: cost does not depend on what a model knows. Each model is trained
-with LoRA and in full by five kinds of step, on the same batches, alternating in one process:
+with LoRA and in full by several kinds of step, on the same batches, alternating in one process:
 
     plain      forward, backward, clip, optimizer step
     protected  the same with the default trap
+    one_pass   with the trap's rows in the nominal pass (LoRA alone)
     all_rows   the trap on every row, without a cap
     paper      the setting of arXiv 2601.21898 with this package: every row twice
     two_pass   that objective written down directly: a second set of scaled weights through
@@ -49,7 +50,7 @@ from trap2.protecting.scaled import LiveUpdate
 from trap2.provenance import machine, versions
 
 OUT = Path(__file__).parent.parent / "results" / "step_cost.json"
-STEPS = ("plain", "protected", "all_rows", "paper", "two_pass")
+STEPS = ("plain", "protected", "one_pass", "all_rows", "paper", "two_pass")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ SHAPES = {
     "minilm-text": Shape(MINILM, 32, 48, classes=6, padded=True),
     "decoder-100m": Shape(_llama(768, 12, 12, 16_000, 2048), 10, 64),
     "llama-1b": Shape(_llama(2048, 16, 32, 128_256, 8192), 10, 1024),
+    "llama-1b-wide": Shape(_llama(2048, 16, 32, 128_256, 8192), 32, 1024),
     "llama-8b": Shape(_llama(4096, 32, 32, 128_256, 14_336), 5, 1024),
 }
 
@@ -136,6 +138,9 @@ def steps(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, Callable[[Any],
         made["plain"] = lambda batch: model(**batch).loss.backward()
     if "protected" in kinds:
         made["protected"] = Protector(model, Trap2Config(warmup=0, ramp=0)).backward
+    if "one_pass" in kinds:
+        riding = Trap2Config(warmup=0, ramp=0, one_pass=True)
+        made["one_pass"] = Protector(model, riding).backward
     if "all_rows" in kinds:
         every = Trap2Config.preset("all_rows", warmup=0, ramp=0)
         made["all_rows"] = Protector(model, every).backward
@@ -171,13 +176,20 @@ class TwoPass:
         (-self.config.strength * law.weight(s) * loss).backward()
 
 
-def seconds(model: nn.Module, shape: Shape, device: str, repeats: int) -> dict[str, list[float]]:
+def kinds_of(method: str) -> tuple[str, ...]:
+    """The kinds of step that a way of training has."""
+    return tuple(kind for kind in STEPS if method == "lora" or kind != "one_pass")
+
+
+def seconds(
+    model: nn.Module, shape: Shape, device: str, repeats: int, kinds: tuple[str, ...]
+) -> dict[str, list[float]]:
     """Seconds of every step of every kind, alternating on the same batches."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    taken: dict[str, list[float]] = {kind: [] for kind in STEPS}
-    kinds = steps(model, STEPS)
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    runs = steps(model, kinds)
     for number, batch in enumerate(batches(shape, repeats + 2, device)):
-        for kind, run in kinds.items():
+        for kind, run in runs.items():
             start = time.perf_counter()
             _one(model, optimizer, run, batch)
             if device == "cuda":
@@ -236,17 +248,17 @@ def _peak_apart(name: str, method: str, kind: str, device: str) -> int:
 
 def measure(name: str, method: str, device: str, repeats: int) -> dict[str, Any]:
     """Time and memory of one model and one way of training it."""
-    shape = SHAPES[name]
-    taken = seconds(build(shape, method, device), shape, device, repeats)
-    memory = {kind: _peak_apart(name, method, kind, device) for kind in STEPS}
+    shape, kinds = SHAPES[name], kinds_of(method)
+    taken = seconds(build(shape, method, device), shape, device, repeats, kinds)
+    memory = {kind: _peak_apart(name, method, kind, device) for kind in kinds}
     return {
         "rows": shape.rows,
         "tokens": shape.tokens,
         "repeats": repeats,
         "seconds": {kind: statistics.median(values) for kind, values in taken.items()},
-        "time_ratio": {kind: _ratio(taken[kind], taken["plain"]) for kind in STEPS},
+        "time_ratio": {kind: _ratio(taken[kind], taken["plain"]) for kind in kinds},
         "peak_bytes": memory,
-        "memory_ratio": {kind: memory[kind] / memory["plain"] for kind in STEPS},
+        "memory_ratio": {kind: memory[kind] / memory["plain"] for kind in kinds},
     }
 
 
@@ -255,26 +267,25 @@ def _ratio(values: list[float], plain: list[float]) -> float:
 
 
 def figures(runs: dict[str, Any]) -> dict[str, float]:
-    """The worst over the models measured on whole rows, and those on padded ones by themselves."""
+    """The worst over the models measured on whole rows; those on padded ones and on a GPU apart."""
     found: dict[str, float] = {}
     for what, kind, prefix in (
         ("time_ratio", "protected", "time_ratio"),
         ("memory_ratio", "protected", "memory_ratio"),
+        ("time_ratio", "one_pass", "one_pass_time_ratio"),
+        ("memory_ratio", "one_pass", "one_pass_memory_ratio"),
         ("time_ratio", "all_rows", "all_rows_time_ratio"),
         ("memory_ratio", "all_rows", "all_rows_memory_ratio"),
         ("time_ratio", "paper", "paper_time_ratio"),
         ("time_ratio", "two_pass", "two_pass_time_ratio"),
         ("memory_ratio", "two_pass", "two_pass_memory_ratio"),
     ):
-        for method in ("lora", "full"):
-            for suffix, padded in (("", False), ("_padded", True)):
-                values = [
-                    run[what][kind]
-                    for key, run in runs.items()
-                    if key.endswith("/" + method) and SHAPES[key.split("/")[1]].padded is padded
-                ]
-                if values:
-                    found[f"{prefix}_{method}{suffix}"] = max(values)
+        for key, run in runs.items():
+            device, name, method = key.split("/")
+            suffix = "_padded" * SHAPES[name].padded + "_gpu" * (device == "cuda")
+            if kind in run[what]:
+                figure = f"{prefix}_{method}{suffix}"
+                found[figure] = max(found.get(figure, 0.0), run[what][kind])
     return found
 
 

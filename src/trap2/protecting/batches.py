@@ -22,6 +22,13 @@ def batch_rows(batch: Mapping[str, Any]) -> int:
     raise UserError(f"the batch holds no tensor, only {list(batch)}; give a dict of tensors")
 
 
+def places(rows: int, fraction: float, part: int, parts: int, fewest: int) -> Tensor:
+    """Which rows of a batch one of `parts` equal shares holds: see `part_of`."""
+    used = min(rows, max(fewest, round(fraction * rows)))
+    own = range(part % used, used, parts)
+    return torch.tensor([(2 * row + 1) * rows // (2 * used) for row in own])
+
+
 def part_of(
     batch: Mapping[str, Any],
     fraction: float,
@@ -48,9 +55,7 @@ def part_of(
             share then holds both halves of its pairs.
     """
     rows = batch_rows(batch) // stacked
-    used = min(rows, max(fewest, round(fraction * rows)))
-    own = range(part % used, used, parts)
-    middles = torch.tensor([(2 * row + 1) * rows // (2 * used) for row in own])
+    middles = places(rows, fraction, part, parts, fewest)
 
     def taken(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -62,7 +67,7 @@ def part_of(
         return value
 
     part_rows = {key: taken(value) for key, value in batch.items()}
-    return part_rows if len(own) == rows else cropped(part_rows)
+    return part_rows if len(middles) == rows else cropped(part_rows)
 
 
 def cropped(batch: Mapping[str, Any]) -> dict[str, Any]:

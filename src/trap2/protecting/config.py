@@ -73,6 +73,9 @@ class Trap2Config:
     )
     memory: int = _setting(128, "rows of earlier trap passes the read-out adversary is fitted on")
     scales_per_step: int = _setting(1, "scales per step, each on its own slice of the rows")
+    one_pass: bool = _setting(
+        False, "trap rows ride in the nominal pass (plain LoRA alone): fewer kernels, more memory"
+    )
     warmup: int = _setting(30, "plain steps before the trap starts")
     ramp: int = _setting(60, "steps over which the trap grows to its full strength")
     closing: int = _setting(300, "steps after the ramp over which `focus` grows to its full share")

@@ -75,10 +75,12 @@ class Keeper:
             found = self._taken()
         finally:
             self._put(before)
-        self._judge(_dense(found))
+        self.judge([*zip(self._trained, found, strict=True)])
 
-    def _judge(self, found: dict[int, Tensor]) -> None:
-        """Add the gradients of a trap pass to the nominal ones."""
+    def judge(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Add gradients of the trap to the nominal ones, as far as cap and guard let them."""
+        given = {id(parameter): gradient for parameter, gradient in gradients}
+        found = _dense([given.get(id(parameter)) for parameter in self._trained])
         if self.cap.multiple:  # what the task does not move, the trap must not either
             found = {place: grad for place, grad in found.items() if place in self._own}
         if found:

@@ -18,6 +18,7 @@ from trap2.protecting.batches import part_of
 from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
+from trap2.protecting.joint import Joint, Trap, joint_step
 from trap2.protecting.keeping import Keeper
 from trap2.protecting.losses import Outcome
 from trap2.protecting.objective import TrapObjective
@@ -92,6 +93,7 @@ class Protector:
         guard = Guard(self.update.model, has_scaler=own or scaler is not None)
         cap = Cap(self.update.model, self.config.cap)
         self._keeper = Keeper(self.update.model, cap, guard)
+        self._joint = Joint(self.update.model, self.config) if self.config.one_pass else None
         self._surrogates = Surrogates.of(self.config, self.update)
         self._step, self._micro = 0, 0
 
@@ -117,6 +119,17 @@ class Protector:
         targets = targets_per_row(batch, shifts_labels(self.model)) if passes else 1.0
         fewest = self.config.fewest_rows(micro_batches or self._accumulation_steps, targets)
         self._agreement.check(self._step, self.update.device)
+        if passes and self._joint is not None:
+            self.last = self._in_one(self._joint, batch, weight, fewest)
+        else:
+            self.last = self._one_by_one(batch, weight, passes, fewest)
+        self._count()
+        return torch.tensor(self.last.nominal)
+
+    def _one_by_one(
+        self, batch: Mapping[str, Any], weight: float, passes: int, fewest: int
+    ) -> StepRecord:
+        """The nominal pass, and one for each scale."""
         # Before the passes: how long the rows are has to be read from a GPU.
         parts = [
             part_of(batch, self.config.fraction, part, passes, fewest=fewest)
@@ -137,7 +150,7 @@ class Protector:
                 self._backward(value * (factor * weight))
             return value
 
-        self.last = trap_step(
+        return trap_step(
             nominal,
             scaled,
             update=self.update,
@@ -146,8 +159,30 @@ class Protector:
             keeper=self._keeper,
             surrogates=self._surrogates,
         )
-        self._count()
-        return torch.tensor(self.last.nominal)
+
+    def _in_one(
+        self, joint: Joint, batch: Mapping[str, Any], weight: float, fewest: int
+    ) -> StepRecord:
+        """The nominal pass, with the rows of the trap in it."""
+        joint.look(lambda rows: self._forward(self.model, rows).loss, batch)
+
+        def together(rows: Mapping[str, Any], trap: Trap) -> Tensor:
+            outcome = self._forward(self.model, rows)
+            assert outcome.logits is not None
+            loss = outcome.loss + trap(outcome.logits, outcome.loss)
+            self._backward(loss * weight if weight != 1.0 else loss)
+            return outcome.loss
+
+        return joint_step(
+            together,
+            batch,
+            joint=joint,
+            objective=self.objective,
+            step=self._step,
+            keeper=self._keeper,
+            fewest=fewest,
+            shifted=shifts_labels(self.model),
+        )
 
     @property
     def dropped(self) -> int:

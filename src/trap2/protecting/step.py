@@ -73,7 +73,7 @@ def trap_step(
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
     strength, law = config.strength_at(step), config.law_at(step)
     if strength == 0.0:
-        return StepRecord(_finite(nominal(), "nominal loss", step), None, ())
+        return StepRecord(finite(nominal(), "nominal loss", step), None, ())
     with keeper.listening() if keeper else nullcontext():
         loss = nominal()
     scales = law.draw(config.scale_seed, step, config.scales_per_step)
@@ -86,15 +86,20 @@ def trap_step(
             stack.enter_context(frozen_statistics(update.model))
             stack.enter_context(keeper.holding() if keeper else nullcontext())
             trap = scaled(part, mix.place, strength * law.weight(mix.s) / len(mixes) * chain)
-            found = _finite(loss, "nominal loss", step)  # not before: to read it waits for a GPU
+            found = finite(loss, "nominal loss", step)  # not before: to read it waits for a GPU
         if keeper is None or keeper.guard.sound:
-            traps.append(_finite(trap, "trap loss", step))
+            traps.append(finite(trap, "trap loss", step))
     mean = sum(traps) / len(traps) if traps else None
     drawn, dropped = tuple(mix.s for mix in mixes), len(mixes) - len(traps)
     return StepRecord(found, mean, drawn, dropped, keeper.cap.pressure if keeper else None)
 
 
-def _finite(loss: Tensor, what: str, step: int) -> float:
+def finite(loss: Tensor, what: str, step: int) -> float:
+    """The value of a loss.
+
+    Raises:
+        TrainingStopped: It is NaN or infinite.
+    """
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingStopped(

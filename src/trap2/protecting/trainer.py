@@ -5,7 +5,7 @@ Trainer(model=model, args=args, train_dataset=data, trap2=Trap2Config()).train()
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from trap2.protecting.batches import part_of
 from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.guard import Guard
+from trap2.protecting.joint import Joint, Trap, joint_step
 from trap2.protecting.keeping import Keeper
 from trap2.protecting.losses import Outcome
 from trap2.protecting.objective import TrapObjective
@@ -67,8 +68,15 @@ def protect_trainer(trainer_class: type) -> Any:
     traits = {
         "_stacked": 2 if any(name in names for name in PAIRED) else 1,
         "_fused": any(name in names for name in FUSED),
+        "_plain": _computes_as_trainer(trainer_class),
     }
     return type(f"Protected{trainer_class.__name__}", (_ProtectedMixin, trainer_class), traits)
+
+
+def _computes_as_trainer(trainer_class: type) -> bool:
+    """Whether its `compute_loss` is that of transformers' Trainer."""
+    own = next(base for base in trainer_class.__mro__ if "compute_loss" in vars(base))
+    return own.__module__ == "transformers.trainer"
 
 
 class _ProtectedMixin:
@@ -84,6 +92,7 @@ class _ProtectedMixin:
     is_deepspeed_enabled: bool
     _stacked: int
     _fused: bool
+    _plain: bool
 
     def __init__(self, *args: Any, trap2: Trap2Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,6 +109,12 @@ class _ProtectedMixin:
         guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
         self._keeper = Keeper(self.model, Cap(self.model, self.trap2.cap), guard)
         self.surrogates = Surrogates.of(self.trap2, self.update)
+        if self.trap2.one_pass and not self._plain:
+            raise Unsupported(
+                "one_pass=True: the trainer has a way of its own to its loss; leave one_pass off"
+            )
+        self._joint = Joint(self.model, self.trap2) if self.trap2.one_pass else None
+        self._riding: Trap | None = None
         self._shifted = shifts_labels(self.model)
         self._loss_alone = self.objective.reads_the_loss_alone
         self._factor: float | None = None
@@ -113,7 +128,11 @@ class _ProtectedMixin:
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         step = super().training_step  # type: ignore[misc]
-        losses: list[Tensor] = []
+
+        def run(rows: dict[str, Any]) -> Tensor:
+            loss: Tensor = step(model, rows, *args, **kwargs)
+            return loss
+
         passes = self.trap2.scales_per_step
         if self.trap2.strength_at(self.state.global_step) == 0:
             passes = 0
@@ -122,6 +141,24 @@ class _ProtectedMixin:
         targets = targets_per_row(inputs, self._shifted) if passes else 1.0
         fewest = self.trap2.fewest_rows(self.current_gradient_accumulation_steps, targets)
         self._agreement.check(self.state.global_step, self.update.device)
+        if passes and self._joint is not None:
+            loss = self._in_one(run, self._joint, inputs, fewest)
+        else:
+            loss = self._one_by_one(run, model, inputs, passes, fewest)
+        assert self.last is not None
+        self._records.append(self.last)
+        return loss
+
+    def _one_by_one(
+        self,
+        run: Callable[[dict[str, Any]], Tensor],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        passes: int,
+        fewest: int,
+    ) -> Tensor:
+        """The nominal pass, and one for each scale."""
+        losses: list[Tensor] = []
         # Before the passes: how long the rows are has to be read from a GPU.
         parts = [
             part_of(inputs, self.trap2.fraction, p, passes, fewest=fewest, stacked=self._stacked)
@@ -130,14 +167,14 @@ class _ProtectedMixin:
 
         def nominal() -> Tensor:
             with reducing(model, now=passes == 0):
-                losses.append(step(model, inputs, *args, **kwargs))
+                losses.append(run(inputs))
             return losses[0]
 
         def scaled(part: int, s: float, factor: float) -> Tensor:
             self._factor, self._scale = factor, s
             try:
                 with self._counters_kept(), reducing(model, now=part == passes - 1):
-                    step(model, parts[part], *args, **kwargs)
+                    run(parts[part])
             finally:
                 self._factor = None
             assert self._trap is not None
@@ -152,8 +189,45 @@ class _ProtectedMixin:
             keeper=self._keeper,
             surrogates=self.surrogates,
         )
-        self._records.append(self.last)
         return losses[0]
+
+    def _in_one(
+        self,
+        run: Callable[[dict[str, Any]], Tensor],
+        joint: Joint,
+        inputs: dict[str, Any],
+        fewest: int,
+    ) -> Tensor:
+        """The nominal pass, with the rows of the trap in it."""
+        losses: list[Tensor] = []
+        joint.look(self._loss_of, inputs)
+
+        def together(rows: Mapping[str, Any], trap: Trap) -> Tensor:
+            self._riding = trap
+            try:
+                losses.append(run({**rows}))
+            finally:
+                self._riding = None
+            return losses[0]
+
+        self.last = joint_step(
+            together,
+            inputs,
+            joint=joint,
+            objective=self.objective,
+            step=self.state.global_step,
+            keeper=self._keeper,
+            fewest=fewest,
+            shifted=self._shifted,
+        )
+        return losses[0]
+
+    def _loss_of(self, rows: Mapping[str, Any]) -> Tensor:
+        """The trainer's own loss of a batch."""
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            inputs = self._prepare_inputs({**rows})  # type: ignore[attr-defined]
+            loss: Tensor = super().compute_loss(self.model, inputs)  # type: ignore[misc]
+        return loss
 
     @contextmanager
     def _counters_kept(self) -> Iterator[None]:
@@ -174,6 +248,8 @@ class _ProtectedMixin:
     ) -> Any:
         compute = super().compute_loss  # type: ignore[misc]
         items = kwargs.pop("num_items_in_batch", None)
+        if self._riding is not None:
+            return self._joint_loss(compute, model, inputs, return_outputs, items, kwargs)
         if self._factor is None:
             return self._nominal_loss(compute, model, inputs, return_outputs, items, kwargs)
         # Without a count every loss is a mean over the rows at hand.
@@ -205,6 +281,22 @@ class _ProtectedMixin:
             seen = torch.autograd.grad(loss.sum(), watched, retain_graph=True, allow_unused=True)
             self._counts_items = seen[0] is not None
         return result
+
+    def _joint_loss(
+        self,
+        compute: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        items: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The trainer's own loss, with the gradient of the trap and without its value."""
+        assert self._riding is not None
+        loss, outputs = self._nominal_loss(compute, model, inputs, True, items, kwargs)
+        trap = self._riding(outputs["logits"], loss) * self._share(items)
+        loss = loss + torch.where(trap.isfinite(), trap - trap.detach(), 0.0)
+        return (loss, outputs) if return_outputs else loss
 
     def _outcome(
         self,
