@@ -24,7 +24,7 @@ OUT = RESULTS / "protection.json"
 TIERS = {"T1": 0, "T2": 300, "T3": None}
 """Tiers, each with its labelled rows; None for any number of them."""
 
-NUMBERS = ("base", "control", "standalone", "utility_cost")
+NUMBERS = ("chance", "base", "control", "standalone", "utility_cost")
 MERGES = 0.5
 """Unmergeability of a control from which on it cannot be said to merge."""
 
@@ -103,9 +103,9 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 def table(lines: dict[str, dict[str, Any]]) -> str:
     """Markdown, one line a task and way of training."""
-    head = "| bench | method | task | seeds | base | control | protected | utility cost "
+    head = "| bench | method | task | seeds | chance | base | control | protected | utility cost "
     head += "| U(T1) | U(T2, 300) | U(T3) |\n"
-    rows = [head + "|---" * 11 + "|"]
+    rows = [head + "|---" * 12 + "|"]
     for key, line in lines.items():
         cells = [*key.split("/"), str(len(line["seeds"]))]
         cells += [f"{100 * line[name]:.1f}" for name in NUMBERS]

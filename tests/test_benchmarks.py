@@ -52,7 +52,7 @@ def attack(tier: str, rows: int, kept: float, control: float) -> dict:
 
 
 def audited(cost: float, *attacks: dict) -> dict:
-    references = {"base": 0.5, "control": 0.9, "standalone": 0.9 - cost}
+    references = {"chance": 0.3, "base": 0.5, "control": 0.9, "standalone": 0.9 - cost}
     return {"references": references, "utility_cost": cost, "attacks": list(attacks)}
 
 
@@ -96,8 +96,8 @@ def test_what_is_protected_is_averaged_over_seeds_and_then_over_tasks(results):
     )
     written = (results / "protection.md").read_text()
     assert written.count("\n| ") == 3  # the head and two lines
-    assert "| 50.0 | 90.0 | 87.0 | 3.0 | 90 (10) | 50 (30) | 40 (10) |" in written
-    assert "| 50.0 | 90.0 | 89.0 | 1.0 | 70 (0) | - | - |" in written
+    assert "| 30.0 | 50.0 | 90.0 | 87.0 | 3.0 | 90 (10) | 50 (30) | 40 (10) |" in written
+    assert "| 30.0 | 50.0 | 90.0 | 89.0 | 1.0 | 70 (0) | - | - |" in written
 
 
 def test_what_does_not_merge_without_a_trap_is_no_evidence_for_one():

@@ -97,3 +97,10 @@ def test_every_linked_file_exists() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_its_table_is_that_of_the_results() -> None:
+    lines = (ROOT / "results" / "protection.md").read_text().splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table.count("\n") > 5
+    assert table in README
