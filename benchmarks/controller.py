@@ -2,7 +2,7 @@
 
     TRAP2_DATA=/path/to/data python benchmarks/controller.py
 
-Fine-tunes MiniLM with LoRA on two tasks of `first_bench.py`, plainly and with four traps: strength
+Fine-tunes MiniLM with LoRA on a task of `first_bench.py`, plainly and with four traps: strength
 .3 (the default's) and 1, each with the default's cap and without; `--work` may be the folder of
 that bench. Writes `results/controller.json` and draws `docs/controller.png` from it: the nominal
 loss, accuracy on validation rows at the release's own scale, and the most that re-labelling reads
@@ -26,7 +26,7 @@ from trap2.provenance import machine, versions
 
 OUT = first_bench.RESULTS / "controller.json"
 PICTURE = first_bench.RESULTS.parent / "docs" / "controller.png"
-TASKS = ("trec6", "sst2")
+TASKS = ("sst2",)
 SETTINGS: dict[str, dict[str, Any]] = {
     "control": {},
     "default": {},
