@@ -47,10 +47,8 @@ def trained(
 # Of two traps, the cap judges what they come to together; in passes of their own, each.
 @pytest.mark.parametrize(("cap", "passes"), [(0.0, 1), (1.0, 1), (0.0, 2)])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_one_pass_gives_what_several_give(
-    cap: float, passes: int, micro: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trap2.protecting.keeping.LITTLE", 1.0)
+@pytest.mark.usefixtures("way")
+def test_one_pass_gives_what_several_give(cap: float, passes: int, micro: int) -> None:
     config = replace(HIDING, cap=cap, scales_per_step=passes)
     apart, several = trained(config, accumulation_steps=micro)
     together, one = trained(replace(config, one_pass=True), accumulation_steps=micro)
@@ -72,7 +70,7 @@ def test_a_trainer_trains_the_same_weights(tmp_path: Path) -> None:
             args=TrainingArguments(**trainees.settings(tmp_path, max_steps=4)),
             train_dataset=ragged(),
             data_collator=stacked,
-            trap2=replace(HIDING, **changes),
+            trap2=replace(HIDING, cap=1.0, **changes),
         )
         trainer.train()
         assert trainer.last.scales

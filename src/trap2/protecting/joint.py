@@ -87,6 +87,10 @@ class Joint:
         Raises:
             Unsupported: They do not.
         """
+        if processes() > 1:
+            raise Unsupported(
+                f"one_pass=True: it is for one process, and there are {processes()}; leave it off"
+            )
         if self._seen:
             return
         riders = [Riders(torch.zeros(1, dtype=torch.long), 0.5)]
@@ -263,6 +267,4 @@ def _obstacle(model: nn.Module, config: Trap2Config) -> str | None:
         return f"loss={config.loss} is made of each row's own loss, which one pass does not give"
     if config.surrogates:
         return "surrogates change the weights of all rows"
-    if processes() > 1:
-        return f"it is for one process, and there are {processes()}"
     return None

@@ -27,20 +27,23 @@ class Keeper:
         model: The model in training.
         cap: Holds them to a multiple of the nominal ones.
         guard: Leaves out what is not finite.
+        joint: Whether the trap rides in the nominal pass (`joint.py`): then its gradients come
+            apart, however much is trained.
     """
 
-    def __init__(self, model: nn.Module, cap: Cap, guard: Guard) -> None:
+    def __init__(self, model: nn.Module, cap: Cap, guard: Guard, joint: bool = False) -> None:
         everything = [*model.parameters()]
         self._trained = [p for p in everything if p.requires_grad]
         little = _size(self._trained) <= LITTLE * _size(everything)
         self._little = little and not any(map(is_sharded, self._trained))
+        self._joint = joint
         self._own: dict[int, Tensor] = {}
         self.cap, self.guard = cap, guard
 
     @property
     def _apart(self) -> bool:
         # What reduces gradients over processes has to find all of them in `.grad`.
-        return self._little and processes() == 1
+        return self._joint or (self._little and processes() == 1)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

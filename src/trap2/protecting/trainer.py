@@ -107,7 +107,8 @@ class _ProtectedMixin:
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
         guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
-        self._keeper = Keeper(self.model, Cap(self.model, self.trap2.cap), guard)
+        cap = Cap(self.model, self.trap2.cap)
+        self._keeper = Keeper(self.model, cap, guard, self.trap2.one_pass)
         self.surrogates = Surrogates.of(self.trap2, self.update)
         if self.trap2.one_pass and not self._plain:
             raise Unsupported(
@@ -248,10 +249,17 @@ class _ProtectedMixin:
     ) -> Any:
         compute = super().compute_loss  # type: ignore[misc]
         items = kwargs.pop("num_items_in_batch", None)
-        if self._riding is not None:
-            return self._joint_loss(compute, model, inputs, return_outputs, items, kwargs)
         if self._factor is None:
-            return self._nominal_loss(compute, model, inputs, return_outputs, items, kwargs)
+            riding = self._riding
+            both = return_outputs or riding is not None
+            result = self._nominal_loss(compute, model, inputs, both, items, kwargs)
+            if riding is None:
+                return result
+            loss, outputs = result
+            trap = riding(outputs["logits"], loss) * self._share(items)
+            # Its gradient, and not its value: the trainer logs the task's loss.
+            loss = loss + torch.where(trap.isfinite(), trap - trap.detach(), 0.0)
+            return (loss, outputs) if return_outputs else loss
         # Without a count every loss is a mean over the rows at hand.
         outcome = self._outcome(compute, model, inputs, kwargs)
         value = self.objective(outcome, self._scale)
@@ -281,22 +289,6 @@ class _ProtectedMixin:
             seen = torch.autograd.grad(loss.sum(), watched, retain_graph=True, allow_unused=True)
             self._counts_items = seen[0] is not None
         return result
-
-    def _joint_loss(
-        self,
-        compute: Callable[..., Any],
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool,
-        items: Any,
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The trainer's own loss, with the gradient of the trap and without its value."""
-        assert self._riding is not None
-        loss, outputs = self._nominal_loss(compute, model, inputs, True, items, kwargs)
-        trap = self._riding(outputs["logits"], loss) * self._share(items)
-        loss = loss + torch.where(trap.isfinite(), trap - trap.detach(), 0.0)
-        return (loss, outputs) if return_outputs else loss
 
     def _outcome(
         self,
