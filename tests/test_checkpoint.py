@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trap2.checkpoint import PICKLES, Checkpoint
 from trap2.errors import UserError
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64])
+FILE = "model.safetensors"
 TENSORS = {"b.weight": torch.arange(6.0).reshape(2, 3), "a.weight": torch.ones(4)}
 
 
@@ -196,3 +198,60 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "nowhere", tmp_path / "file"):
         assert refusal(path) == f"{path} is not a folder; give a folder of released weights"
+
+
+def test_what_is_done_to_a_tensor_that_was_read_does_not_reach_the_next_reading(
+    tmp_path: Path,
+) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.tensor("a.weight").zero_()
+    assert torch.equal(checkpoint.tensor("a.weight"), TENSORS["a.weight"])
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_that_changed_is_read_anew(tmp_path: Path, in_place: bool) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(TENSORS, file)
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.tensor("a.weight"), TENSORS["a.weight"])
+    other = {name: tensor[:1] + 1 for name, tensor in TENSORS.items()}
+    save_file(other, tmp_path / "new")
+    if in_place:
+        file.write_bytes((tmp_path / "new").read_bytes())
+    else:
+        (tmp_path / "new").rename(file)
+    for name, tensor in other.items():
+        assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+def test_a_file_that_is_gone_says_so(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*; download it again") as caught:
+        checkpoint.tensor("a.weight")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_opened_once_for_many_tensors_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({f"{place}.weight": torch.ones(256) for place in range(8)}, tmp_path / FILE)
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "trap2.checkpoint.safe_open",
+        lambda path, framework: opened.append(path) or safe_open(path, framework=framework),
+    )
+
+    def times() -> int:
+        checkpoint = Checkpoint(tmp_path)
+        opened.clear()
+        for name in checkpoint.names:
+            assert checkpoint.shape(name) == (256,)
+            assert torch.equal(checkpoint.tensor(name), torch.ones(256))
+        return len(opened)
+
+    assert times() == 1
+    monkeypatch.setattr("trap2.checkpoint.HELD", 2047)  # bytes; two tensors are 2048
+    assert times() == 4

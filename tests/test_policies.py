@@ -16,7 +16,17 @@ Tree = dict[str, str]
 """Sources by dotted module name; a package stands under its own name."""
 
 CORE = (
-    *("errors", "registry", "files", "checkpoint", "naming", "adapters", "update", "scales"),
+    *(
+        "errors",
+        "registry",
+        "files",
+        "finite",
+        "checkpoint",
+        "naming",
+        "adapters",
+        "update",
+        "scales",
+    ),
     *("schema", "suites", "taskspec", "recipes", "provenance", "progress", "signing"),
 )
 MAY_IMPORT = {

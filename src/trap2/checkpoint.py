@@ -11,8 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from trap2.errors import UserError
 from trap2.files import read_json, weights_digest
+from trap2.finite import all_finite
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+HELD = 2**26
+"""Bytes read of a file until it is opened anew. An open file is mapped, and what was read of the
+map counts as memory; but to open one for every tensor takes longer than to read most tensors."""
 
 
 class Checkpoint:
@@ -32,6 +37,8 @@ class Checkpoint:
             raise UserError(f"{self.folder} is not a folder; give a folder of released weights")
         self._files = self._locate(stem)
         self._finite: set[str] = set()
+        self._held: tuple[tuple[object, ...], safe_open] | None = None
+        self._read = 0
 
     def _locate(self, stem: str) -> dict[str, Path]:
         single = self.folder / f"{stem}.safetensors"
@@ -71,6 +78,17 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {path}: {error}; download it again") from error
 
+    def _opened(self, path: Path) -> safe_open:
+        """The open file; anew where another was read last, where it changed, or past `HELD`."""
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}; download it again") from error
+        key = (path, state.st_ino, state.st_size, state.st_mtime_ns)
+        if self._held is None or self._held[0] != key or self._read > HELD:
+            self._held, self._read = (key, self._open(path)), 0
+        return self._held[1]
+
     @contextmanager
     def _holding(self, name: str) -> Iterator[Any]:
         """The open file that holds a tensor."""
@@ -78,8 +96,7 @@ class Checkpoint:
             raise UserError(f"{self.folder} lacks tensor '{name}'; download it again")
         path = self._files[name]
         try:
-            with self._open(path) as tensors:
-                yield tensors
+            yield self._opened(path)
         except SafetensorError as error:
             raise UserError(
                 f"cannot read '{name}' in {path}: {error}; download it again"
@@ -105,10 +122,11 @@ class Checkpoint:
             UserError: It is not there, or a floating-point tensor holds NaN or infinity.
         """
         with self._holding(name) as tensors:
-            value: torch.Tensor = tensors.get_tensor(name)
+            value: torch.Tensor = tensors.get_tensor(name).clone()  # it was a view of the map
+        self._read += value.nbytes
         if name in self._finite:
             return value
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not all_finite(value):
             raise UserError(
                 f"tensor '{name}' in {self.folder} holds NaN or infinity; "
                 "the weights are broken, train or download them again"

@@ -24,7 +24,6 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 from trap2.attacks.tool import Tool
@@ -32,6 +31,7 @@ from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector, Tensors
 from trap2.checkpoint import Checkpoint
 from trap2.errors import Trap2Error, UserError
+from trap2.finite import all_finite
 from trap2.registry import Registry, did_you_mean
 from trap2.update import Update
 
@@ -363,7 +363,7 @@ def _checked(label: str, merged: Merged, expected: dict[str, None]) -> Iterator[
             reason = "twice" if name in expected else "though no update has it"
             raise Trap2Error(f"{label} yielded '{name}' {reason}; correct the attack's function")
         del missing[name]
-        if not bool(torch.isfinite(delta).all()):
+        if not all_finite(delta):
             raise Trap2Error(
                 f"{label} gave NaN or infinity in '{name}'; "
                 "use smaller coefficients, and check that the updates are finite"

@@ -70,7 +70,7 @@ def dropped(
         yield (
             name,
             [
-                delta * keep_mask(delta, drop, f"{seed} {index} {name}") / (1 - drop)
+                (delta * keep_mask(delta, drop, f"{seed} {index} {name}")).div_(1 - drop)
                 for index, delta in enumerate(deltas)
             ],
         )

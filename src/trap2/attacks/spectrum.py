@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trap2.attacks.vectors import TaskVector, by_tensor, weighted_sum
 from trap2.errors import UserError
+from trap2.finite import all_finite
 
 RANK_TOLERANCE = 1e-6
 """Singular values below this share of the Frobenius norm are float32 rounding, and cut."""
@@ -61,7 +62,7 @@ def triplets(matrix: Tensor, norm: float | None = None) -> Triplets:
     Raises:
         UserError: It is not finite.
     """
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         raise UserError(
             "an update holds NaN or infinity and so has no singular values; give finite updates"
         )
