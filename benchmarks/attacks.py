@@ -26,7 +26,7 @@ from typing import Any
 
 import first_bench
 import images
-from trap2.attacks.attack import load_attacks
+from trap2.attacks.attack import ROUTING, load_attacks
 from trap2.auditing.audit import audit
 from trap2.auditing.ledger import Ledger
 from trap2.errors import Trap2Error, UserError
@@ -165,6 +165,8 @@ def attacker(name: str, rows: int) -> dict[str, Any]:
     lists: dict[str, list[str]] = {"attacks": [], "t3_attacks": [], "data_attacks": []}
     if name in METHODS:
         lists["recovery"] = [name]
+    elif ROUTING in load_attacks().get(name).tiers:
+        lists["routing"] = [name]
     elif load_attacks().get(name).needs_data:
         lists["data_attacks"] = [name]
     else:
@@ -214,6 +216,10 @@ def _summary(report: Report) -> dict[str, Any]:
         for point in record["recovery"]
         if point["reference"]
     ]
+    scores += [
+        {"tier": ROUTING, **{key: entry[key] for key in ("retained", "control_retained")}}
+        for entry in record["routing"]
+    ]
     return {
         "scores": scores,
         "evaluations": record["rows"]["evaluations"],
@@ -242,7 +248,8 @@ def figures(runs: dict[str, Any]) -> dict[str, float]:
 
     Of the text tasks; those of images, whose merges without a trap keep less, have their own.
     """
-    own = [name for name in load_attacks() if load_attacks().get(name).tool is None]
+    listed = map(load_attacks().get, load_attacks())
+    own = [entry for entry in listed if entry.tool is None and ROUTING not in entry.tiers]
     found: dict[str, float] = {"methods_listed": len(own) + len(METHODS) - 1}
     sets = dict.fromkeys(name.split("/")[0] for name in runs)
     for tier, of in product(TIERS, ("", "_images")):
@@ -270,7 +277,7 @@ def table(runs: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-COLUMNS = ("T1", "T2", "T3", "T4", "T5", "reference")
+COLUMNS = (*TIERS, "reference", ROUTING)
 
 
 def _line(name: str, run: dict[str, Any]) -> str:

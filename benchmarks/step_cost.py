@@ -307,12 +307,12 @@ def main() -> None:
     runs = read_json(chosen.out)["runs"] if chosen.out.is_file() else {}
     for name in chosen.models:
         for method in chosen.methods:
-            runs[f"{chosen.device}/{name}/{method}"] = measure(
-                name, method, chosen.device, chosen.repeats
-            )
+            command = shlex.join(["python", "benchmarks/step_cost.py", *sys.argv[1:]])
+            measured = measure(name, method, chosen.device, chosen.repeats)
+            runs[f"{chosen.device}/{name}/{method}"] = {"command": command, **measured}
             record = {
                 "figures": figures(runs),
-                "command": shlex.join(["python", "benchmarks/step_cost.py", *sys.argv[1:]]),
+                "command": "python benchmarks/step_cost.py",
                 "machine": machine(),
                 "versions": versions(),
                 "seeds": [0],

@@ -166,6 +166,13 @@ def test_trained_attacks_stand_beside_their_reference(run):
     assert {s["tier"] for s in found["pico/distil"]["scores"]} == {"reference"}
 
 
+def test_routing_has_a_column_of_its_own_and_is_the_best_of_no_tier(run):
+    found = run("emr")
+    (score,) = found["runs"]["pico/emr"]["scores"]
+    assert score["tier"] == "routing"
+    assert not any(name.startswith("control_retained_best") for name in found["figures"])
+
+
 def test_an_attack_that_cannot_be_audited_says_why(bench, run, monkeypatch):
     monkeypatch.setitem(bench.GRIDS, "ties", {"dense": [1.0]})
     found = run("ties")
@@ -182,7 +189,8 @@ def test_the_figures_take_the_set_where_the_best_attack_keeps_least(bench):
     found = bench.figures(runs)
     assert found["control_retained_best_t1"] == 0.5
     assert found["control_retained_best_t1_images"] == 0.3
-    own = [name for name in load_attacks() if not name.startswith(("peft_", "mergekit_"))]
+    apart = ("peft_", "mergekit_", "emr", "tall_masks")  # routing is no merging
+    own = [name for name in load_attacks() if not name.startswith(apart)]
     assert found["methods_listed"] == len(own) + 3
     record = json.loads((BENCHMARKS.parent / "results" / "merging.json").read_text())
     assert found.items() >= record["figures"].items()

@@ -125,11 +125,11 @@ def test_attacks_are_listed_with_tiers_papers_and_grids(capsys):
     assert [name for name in listed if name not in others] == [
         "name",
         *("adamerging", "breadcrumbs", "cart", "chain_of_merges", "consensus", "dare_linear"),
-        *("dare_ties", "della", "depth_sixths", "depth_thirds", "distac", "equal_norms"),
-        *("fisher", "iso_c", "iso_cts", "karcher"),
+        *("dare_ties", "della", "depth_sixths", "depth_thirds", "distac", "emr"),
+        *("equal_norms", "fisher", "iso_c", "iso_cts", "karcher"),
         *("layer_groups", "lines", "model_stock", "noisy", "nuslerp", "pcb", "prodistill"),
-        *("pruned", "regmean", "regmean_pp", "rounded", "slerp", "task_arithmetic", "thinned"),
-        *("ties", "ties_core", "ties_knots", "ties_sum", "truncated", "tsv", "wudi"),
+        *("pruned", "regmean", "regmean_pp", "rounded", "slerp", "tall_masks", "task_arithmetic"),
+        *("thinned", "ties", "ties_core", "ties_knots", "ties_sum", "truncated", "tsv", "wudi"),
     ]
     assert listed["ties"].split()[1:6] == ["T1", "T2", "T3", "-", "44"]
     assert "44  https://arxiv.org/abs/2306.01708  density in (0.1, 0.2" in listed["ties"]

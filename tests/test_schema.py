@@ -13,8 +13,8 @@ from trap2.schema import Report, ScalePoint
 
 FIELDS = {
     "Report": "schema_version release references utility_cost utility_cost_interval scale_curve "
-    "control_scale_curve attacks frontier recovery tiers partners_keep thresholds evidence verdict "
-    "flags limits settings versions machine seed digests rows created seconds",
+    "control_scale_curve attacks frontier recovery routing tiers partners_keep thresholds evidence "
+    "verdict flags limits settings versions machine seed digests rows created seconds",
     "ReleaseInfo": "name kind task classes partners base has_control trained_range trained_band "
     "recipe",
     "References": "base standalone control control_base chance relabelled partners "
@@ -32,6 +32,8 @@ FIELDS = {
     "without_release standalone retained unconstrained admissible partners control_coefficient "
     "control_accuracy control_without_release control_standalone control_retained "
     "control_admissible interval control_interval",
+    "RoutingResult": "name params accuracy retained partners control_params control_accuracy "
+    "control_retained",
     "TierResult": "unmergeability worst_attack control_unmergeability partners_ignored by_rows "
     "control_by_rows verdict interval control_interval",
     "Thresholds": "holds broken mergeable",

@@ -154,6 +154,9 @@ class AttackerSpec(Settings):
     recovery_coefficients: list[float] = Field(
         [0.5, 1.0], min_length=1, description="shared coefficients of its merges"
     )
+    routing: list[str] = Field(
+        [], description="ways to store merged what is used apart: emr, tall_masks; in no tier"
+    )
     recompute_statistics: bool = Field(
         False, description="work out batch-norm statistics of every merge on unlabelled rows"
     )

@@ -205,6 +205,23 @@ class RecoveryPoint(Record):
     control_interval: Interval | None = None
 
 
+class RoutingResult(Record):
+    """Models stored merged and used apart, each by a mask of its own; every one at its scale 1.
+
+    It counts in no tier: no protection in the weights can claim to stop it. `partners` are the
+    partners' accuracies, routed to in the same way, beside the release.
+    """
+
+    name: str
+    params: Params
+    accuracy: Fraction
+    retained: Fraction
+    partners: dict[str, Fraction]
+    control_params: Params | None = None
+    control_accuracy: Fraction | None = None
+    control_retained: Fraction | None = None
+
+
 class Evidence(Record):
     """What the checks weigh beside the scores: how the releases were made and what was tried.
 
@@ -244,6 +261,7 @@ class Report(Record):
     attacks: list[AttackResult]
     frontier: list[FrontierPoint]
     recovery: list[RecoveryPoint] = []
+    routing: list[RoutingResult] = []
     tiers: dict[Tier, TierResult]
     partners_keep: Fraction = 0.95
     thresholds: Thresholds = Thresholds()

@@ -9,6 +9,7 @@ from trap2.attacks import attack as module
 from trap2.attacks.attack import (
     COEFFICIENTS,
     DATA_TIER,
+    ROUTING,
     TIERS,
     Attack,
     attack,
@@ -47,9 +48,9 @@ def test_built_in_attacks_are_listed_and_say_what_they_are():
         assert entry.name == name
         assert entry.paper.startswith("https://")
         assert entry.function.__doc__
-        assert set(entry.tiers) <= set(TIERS) or entry.tiers == (DATA_TIER,)
+        assert set(entry.tiers) <= set(TIERS) or entry.tiers in ((DATA_TIER,), (ROUTING,))
         assert entry.needs_data == (entry.tiers == (DATA_TIER,))
-        assert 0.0 in entry.coefficients
+        assert 0.0 in entry.coefficients or entry.tiers == (ROUTING,)
         assert all(keys.keys() == entry.grid.keys() for keys in entry.settings())
     assert attacks.get("slerp").needs_base
     assert not attacks.get("ties").needs_base

@@ -412,7 +412,7 @@ def plan(models: int = 3, **spec: Any) -> None:
         ({"coefficients": {"tie": [1.0]}}, "no attack is called 'tie'; did you mean 'ties'"),
         (
             {"attacks": [], "t3_attacks": []},
-            "recovery are all empty, so nothing would be tried; known: ",
+            "recovery and routing are all empty, so nothing would be tried; known: ",
         ),
         (
             {"attacks": ["regmean"]},

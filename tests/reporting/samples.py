@@ -11,6 +11,7 @@ from trap2.schema import (
     RelabelledReferences,
     ReleaseInfo,
     Report,
+    RoutingResult,
     ScalePoint,
     TierResult,
 )
@@ -62,6 +63,18 @@ def build_report(
         attacks=_attacks(control, partners, "ties" if name == "trec6-protected" else name),
         frontier=_frontier(control, "per model"),
         recovery=_recovery(control, partners),
+        routing=[
+            RoutingResult(
+                name="emr",
+                params={},
+                accuracy=0.9,
+                retained=0.886,
+                partners=partners,
+                control_params={} if control else None,
+                control_accuracy=0.93 if control else None,
+                control_retained=0.942 if control else None,
+            )
+        ],
         tiers=_tiers(control),
         verdict=f"{name} holds against T1 and T2 and leaks against T3: an attacker with one "
         "coefficient per model keeps 41.2% of its skill at an admissible cost.",

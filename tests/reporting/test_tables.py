@@ -55,6 +55,20 @@ def test_recovery_table_says_what_the_release_adds_to_a_budget():
     )
 
 
+def test_routing_stands_in_a_table_of_its_own():
+    report = build_report()
+    kept = "sst2 82.8%, agnews 89.2%, subj 93.0%"
+    assert tables.routing_table(report).rows == (
+        ("emr", NONE, "90.0%", "88.6%", "93.0%", "94.2%", kept),
+    )
+    assert tables.routing_table(build_report(control=False)).rows[0][4:6] == (NONE, NONE)
+    bare = report.model_copy(update={"routing": []})
+    for render in (text.render, markdown.render, html.render):
+        assert "no tier" in render(report)
+        assert "emr" in render(report)
+        assert "emr" not in render(bare)
+
+
 def test_long_lists_of_coefficients_are_cut():
     assert tables.coefficients({"c": [0.1] * 40, "drop": 0.25, "on": True}) == (
         "c=[0.1 0.1 0.1 0.1 0.1 0.1 … 40], drop=0.25, on=True"

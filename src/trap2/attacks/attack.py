@@ -40,7 +40,7 @@ BUILT_IN = (
     *("slerp", "karcher", "model_stock"),
     *("tsv", "iso_c", "iso_cts", "cart", "ties_knots", "ties_core"),
     *("dare_linear", "nuslerp", "lines", "layer_groups", "equal_norms", "consensus", "pcb", "wudi"),
-    *("transforms", "by_depth"),
+    *("transforms", "by_depth", "routed"),
     *("regmean", "regmean_pp", "chain_of_merges", "fisher", "adamerging", "prodistill", "distac"),
     *("peft_combinations", "mergekit_methods"),
 )
@@ -51,6 +51,9 @@ TIERS = ("T1", "T2", "T3")
 
 DATA_TIER = "T4"
 """The tier of every attack that asks for unlabelled rows."""
+
+ROUTING = "routing"
+"""In place of a tier: what gives each model back by itself, which no tier counts."""
 
 NOT_TUNED = ("base", "data")
 """Keyword-only parameters that are no hyper-parameters: what is given instead of tuned."""
@@ -149,7 +152,8 @@ def attack(
         name: What it is called.
         paper: Address of its source.
         grid: The values to try for each keyword-only parameter, `base` and `data` excepted.
-        tiers: Attacker tiers in which it takes part; one that takes `data` is in T4 alone.
+        tiers: Attacker tiers in which it takes part, or `ROUTING`; one that takes `data` is in T4
+            alone.
         models: Smallest and largest number of models; None is no limit.
         coefficients: The values to try for the shared coefficient.
         spread: Turns a shared coefficient into one coefficient per model.
@@ -205,7 +209,7 @@ def _check_schema(
                 f"parameter of that name; it takes: {', '.join(keywords) or 'none'}"
             )
     for tier in tiers:
-        if tier not in TIERS:
+        if tier not in (*TIERS, ROUTING):
             raise UserError(f"attack '{name}' has tier '{tier}'; use {', '.join(TIERS)}")
 
 

@@ -173,7 +173,7 @@ class Arena:
         self._memory: dict[tuple[object, ...], object] = {}
         if ledger is not None:
             tried = spec.attacker
-            attacks = (*tried.attacks, *tried.t3_attacks, *tried.data_attacks)
+            attacks = (*tried.attacks, *tried.t3_attacks, *tried.data_attacks, *tried.routing)
             for change in ledger.outdated(self.contents.places(("task_arithmetic", *attacks))):
                 progress.note(change)
 

@@ -17,6 +17,7 @@ from trap2.auditing.evidence import gather, recipe_of, release_record
 from trap2.auditing.ledger import Ledger
 from trap2.auditing.plan import check_plan
 from trap2.auditing.recovery import as_attacks, check_budget, recovery
+from trap2.auditing.routing import routed, routes
 from trap2.auditing.sweep import scale_point
 from trap2.auditing.verdict import limits, retained_skill, sentence, tier_results
 from trap2.errors import UserError
@@ -78,6 +79,7 @@ def audit(
     attacks = [_result(key, catches, references, retained) for key in catches[RELEASE]]
     trained, kept = recovery(attackers, bootstrap)
     attacks += as_attacks(trained)
+    apart = routed(arena)
     spread = spreads({side: {**retained[side], **kept[side]} for side in arena.sides})
     tiers = tier_results(attacks, references, spec.verdict, spread)
     cost = None if references.control is None else references.control - references.standalone
@@ -93,6 +95,7 @@ def audit(
         attacks=attacks,
         frontier=_frontier(attackers),
         recovery=trained,
+        routing=apart,
         tiers=tiers,
         partners_keep=spec.attacker.partners_keep,
         thresholds=spec.verdict,
@@ -156,7 +159,8 @@ def _check_tools(arena: Arena) -> None:
 
 def _prepare(arena: Arena, attackers: Mapping[str, Attacker]) -> None:
     """Say how much will be asked for whatever comes; have the crew, if there is one, make it."""
-    wanted = dict.fromkeys(chain(_certain(arena), *(a.certain() for a in attackers.values())))
+    grids = (attacker.certain() for attacker in attackers.values())
+    wanted = dict.fromkeys(chain(_certain(arena), routes(arena), *grids))
     arena.progress.expect(len(wanted))
     if arena.crew is not None:
         arena.progress.say(f"references and grids, {arena.crew.count} mixtures at a time")

@@ -1,6 +1,6 @@
 """What an attacker shall try, refused where it cannot be done, before anything slow is."""
 
-from trap2.attacks.attack import load_attacks
+from trap2.attacks.attack import ROUTING, load_attacks
 from trap2.auditing.grid import check_budget, own_coefficients, settings, shared_coefficients
 from trap2.errors import UserError
 from trap2.recipes import AttackerSpec
@@ -18,15 +18,16 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
             models, one for which no coefficient is left, or one whose grid exceeds the budget.
     """
     attacks = load_attacks()
-    if not (spec.attacks or spec.t3_attacks or spec.data_attacks or spec.recovery):
+    if not (spec.attacks or spec.t3_attacks or spec.data_attacks or spec.recovery or spec.routing):
         raise UserError(
-            "attacker.attacks, t3_attacks, data_attacks and recovery are all empty, so nothing "
-            f"would be tried; known: {', '.join(attacks)}"
+            "attacker.attacks, t3_attacks, data_attacks, recovery and routing are all empty, so "
+            f"nothing would be tried; known: {', '.join(attacks)}"
         )
     for name, grid in spec.grids.items():
         settings(attacks.get(name), grid)
     for name in spec.coefficients if isinstance(spec.coefficients, dict) else ():
         attacks.get(name)  # a name without an attack would be ignored
+    _check_lists(spec)
     for attack in map(attacks.get, [*spec.attacks, *spec.t3_attacks, *spec.data_attacks]):
         if attack.models[0] > models:
             raise UserError(
@@ -44,7 +45,6 @@ def check_plan(spec: AttackerSpec, models: int) -> None:
                 "add others to attacker.coefficients, or remove it from the attacks"
             )
         check_budget(attack, spec, models)
-    _check_lists(spec)
     for attack in map(attacks.get, spec.t3_attacks):
         if "T3" not in attack.tiers or (attack.models[1] or models) < models:
             raise UserError(
@@ -62,5 +62,13 @@ def _check_lists(spec: AttackerSpec) -> None:
                 right = "data_attacks" if attack.needs_data else "attacks"
                 raise UserError(
                     f"attacker.{key} has '{attack.name}', which {takes} unlabelled rows; "
+                    f"move it to attacker.{right}"
+                )
+    for key in ("attacks", "t3_attacks", "data_attacks", "routing"):
+        for attack in map(load_attacks().get, getattr(spec, key)):
+            if (ROUTING in attack.tiers) is not (key == "routing"):
+                does, right = ("merges", "attacks") if key == "routing" else ("routes", "routing")
+                raise UserError(
+                    f"attacker.{key} has '{attack.name}', which {does} models; "
                     f"move it to attacker.{right}"
                 )

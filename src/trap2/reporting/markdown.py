@@ -15,6 +15,7 @@ def render(report: Report) -> str:
     title = f"# Merging audit of {escaped(clean(report.release.name))}"
     attacks = _explained(tables.attack_table(report, details=True))
     attacks += _explained(tables.recovery_table(report)) if report.recovery else []
+    attacks += _explained(tables.routing_table(report)) if report.routing else []
     return "\n\n".join([title, *audit_sections(report), "## Attacks", *attacks]) + "\n"
 
 

@@ -255,6 +255,29 @@ def recovery_table(report: Report) -> Table:
     )
 
 
+def routing_table(report: Report) -> Table:
+    """What is left of every model where they are stored merged and used apart."""
+    return Table(
+        "Routing: stored merged, used apart, in no tier",
+        ("method", "parameters", "release", "retained", "control", "of control's", "partners"),
+        tuple(
+            (
+                clean(r.name),
+                coefficients(r.params) or NONE,
+                percent(r.accuracy),
+                percent(r.retained),
+                percent(r.control_accuracy),
+                percent(r.control_retained),
+                ", ".join(f"{clean(p, 24)} {percent(a)}" for p, a in r.partners.items()) or NONE,
+            )
+            for r in report.routing
+        ),
+        ("method", "parameters", "partners"),
+        "every model is used by itself, near its own scale 1: no protection in the weights hinders "
+        "that, so nothing is claimed",
+    )
+
+
 def coefficients(params: Params) -> str:
     """The attacker's choice as `c=0.5, drop=0.2`; one coefficient for all models is said once."""
     models = [name for name in params if name.startswith("c[")]

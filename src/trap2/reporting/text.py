@@ -29,6 +29,7 @@ def render(report: Report, width: int = 100) -> str:
         aligned(tables.tier_table(report), width),
         aligned(tables.attack_table(report), width),
         *([aligned(tables.recovery_table(report), width)] if report.recovery else []),
+        *([aligned(tables.routing_table(report), width)] if report.routing else []),
         _wrapped(f"Not claimed: {tables.not_claimed(report)}", width),
     ]
     if report.limits:
