@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from threading import Thread
 
 import psutil
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 import pico
 from auditing.test_ledger import SMALL, recorded, same
@@ -192,6 +194,23 @@ def test_a_worker_ends_with_an_audit_that_is_killed():
     assert said.returncode == -signal.SIGKILL
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(said.stdout)).wait(timeout=60)  # raises if it lives on
+
+
+def test_workers_end_where_the_audit_is_interrupted_while_they_start(monkeypatch):
+    """Their executor has a thread that ends them; for a moment it is there, but not started."""
+    executor = get_reusable_executor(max_workers=2)
+    executor.submit(time.sleep, 0).result()
+    assert len(alive(os.getpid(), "LokyProcess")) == 2
+
+    class Starting:
+        def shutdown(self, **how: bool) -> None:
+            Thread().join()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "get_reusable_executor", lambda reuse: Starting())
+        workers._end_processes()
+    assert not alive(os.getpid(), "LokyProcess")
+    workers._end_processes()  # the real one, which has lost its processes, ends as well
 
 
 def test_workers_that_keep_dying_are_given_up(shelf, tmp_path, monkeypatch):

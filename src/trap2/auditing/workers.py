@@ -13,6 +13,7 @@ from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
+from multiprocessing import active_children
 from threading import Thread
 from types import TracebackType
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend.process import LokyProcess
 from pydantic import ValidationError
 
 from trap2.attacks.attack import load_attacks
@@ -176,7 +178,13 @@ def _refuse_script(function: Callable[..., Any], what: str) -> str:
 
 
 def _end_processes() -> None:
-    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+    try:
+        get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+    except RuntimeError:  # interrupted while they were started: nobody is there yet to end them
+        for process in active_children():
+            if isinstance(process, LokyProcess):
+                process.terminate()
+                process.join()
 
 
 def _deaths(backend: str) -> tuple[type[Exception], ...]:
