@@ -1,6 +1,6 @@
 """Models stored merged and used apart (`attacks/routed.py`): reported, and counted in no tier.
 
-Each model is used near its own scale 1, so what it can do is nearly all there, with a trap or
+Each model is used near its own scale 1, so much of what it can do may be left, with a trap or
 without. The hyper-parameters are those best for the attacked side's validation rows.
 """
 

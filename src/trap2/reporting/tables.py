@@ -273,8 +273,8 @@ def routing_table(report: Report) -> Table:
             for r in report.routing
         ),
         ("method", "parameters", "partners"),
-        "every model is used by itself, near its own scale 1: no protection in the weights hinders "
-        "that, so nothing is claimed",
+        "every model is used by itself, near its own scale 1: no protection in the weights can "
+        "claim to stop that",
     )
 
 
