@@ -80,10 +80,12 @@ def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["on the way", "apart"])
+@pytest.fixture(params=["passing", "arriving", "apart"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of judging the trap's gradients, whatever share of the model is trained."""
+    """Every way of judging the trap's gradients, whatever share of the model is trained."""
     little = 1.0 if request.param == "apart" else 0.0
     monkeypatch.setattr("trap2.protecting.keeping.LITTLE", little)
+    if request.param == "passing":  # as where several processes train
+        monkeypatch.setattr("trap2.protecting.keeping.processes", lambda: 2)
     name: str = request.param
     return name

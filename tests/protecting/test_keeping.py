@@ -1,4 +1,4 @@
-"""Gradients kept apart until a pass has ended come out as those judged on their way."""
+"""Gradients judged when a pass has ended, as they arrive, or on their way come out the same."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,29 +31,28 @@ def trained(make: Callable[[], nn.Module], config: Any, **more: Any) -> tuple[Pr
 @pytest.mark.parametrize("make", [llama, lora])
 @pytest.mark.parametrize("cap", [0.0, 0.5])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_both_ways_give_the_same(
+def test_all_ways_give_the_same(
     make: Callable[[], nn.Module], cap: float, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(DECOY, cap=cap, scales_per_step=passes, strength=3.0)
     found = []
-    for little in (0.0, 1.0):
+    for little, processes in ((1.0, 1), (0.0, 1), (0.0, 2)):
         monkeypatch.setattr(keeping, "LITTLE", little)
+        monkeypatch.setattr(keeping, "processes", lambda count=processes: count)
         found.append(trained(make, config))
         assert found[-1][0]._keeper._apart is (little == 1.0)
-    (hooked, one), (apart, other) = found
-    assert hooked.last is not None
+    (apart, expected), *others = found
     assert apart.last is not None
-    assert hooked.last.trap == apart.last.trap
-    assert one.keys() == other.keys()
-    for name in one:
-        # A tensor with two uses, as tied embeddings are, hands its gradient over in parts.
-        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-8)
-    if cap == 0.0:
-        assert hooked.last.pressure is apart.last.pressure is None
-        return
-    assert hooked.last.pressure is not None
-    assert apart.last.pressure is not None
-    assert asdict(hooked.last.pressure) == pytest.approx(asdict(apart.last.pressure))
+    for other, gradients in others:
+        assert other.last is not None
+        assert other.last.trap == apart.last.trap
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            # A tensor with two uses, as tied embeddings are, hands its gradient over in parts.
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8)
+        assert (other.last.pressure is None) is (apart.last.pressure is None) is (cap == 0.0)
+        if other.last.pressure and apart.last.pressure:
+            assert asdict(other.last.pressure) == pytest.approx(asdict(apart.last.pressure))
 
 
 def test_an_adapter_is_kept_apart_and_a_whole_model_is_not() -> None:

@@ -16,7 +16,7 @@ scaler or an accumulation puts on the losses, so the ratio is free of it.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,29 @@ class Cap:
         share = self.multiple * (own / trap).sqrt()
         return torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0)
 
+    def judge(
+        self, parameter: nn.Parameter, grad: Tensor, square: Tensor, gathered: Tensor | None
+    ) -> Tensor | None:
+        """What is left of the trap's gradient of a tensor, a share; taken down.
+
+        Args:
+            parameter: The tensor.
+            grad: The trap's gradient of it.
+            square: Its squared norm.
+            gathered: What the optimizer step has of the tensor's gradient so far.
+
+        Returns:
+            None where the task does not move the tensor: the trap must not either.
+        """
+        if not self.multiple:
+            return torch.ones_like(square)
+        own = self._squares.get(id(parameter))
+        if own is None:
+            return None
+        share = self.share(own, square)
+        self.note(share.reshape(1), product(gathered, grad).reshape(1))
+        return share
+
     def note(self, shares: Tensor, products: Tensor) -> None:
         """Take down shares of some gradients (n,), and their products with what was there."""
         self._kept.append(shares.float())
@@ -93,33 +116,23 @@ class Cap:
             yield
 
     @contextmanager
-    def _hooked(self, act: Callable[[int, nn.Parameter, Tensor], Tensor | None]) -> Iterator[None]:
+    def _hooked(self, act: Callable[[nn.Parameter, Tensor], Tensor | None]) -> Iterator[None]:
         with ExitStack() as stack:
-            parameters = self._parameters if self.multiple > 0 else []
-            for place, parameter in enumerate(parameters):
+            for parameter in self._parameters if self.multiple > 0 else []:
                 if parameter.requires_grad and not is_sharded(parameter):
-                    hook = parameter.register_hook(_at(place, parameter, act))  # type: ignore[no-untyped-call]
+                    hook = parameter.register_hook(partial(act, parameter))  # type: ignore[no-untyped-call]
                     stack.callback(hook.remove)
             yield
 
-    def _note(self, place: int, parameter: nn.Parameter, grad: Tensor) -> None:
+    def _note(self, parameter: nn.Parameter, grad: Tensor) -> None:
         # Checkpointed segments may hand over a shared tensor's gradient in parts.
-        self._squares[place] = self._squares.get(place, grad.new_zeros(())) + _square(grad)
+        before = self._squares.get(id(parameter), grad.new_zeros(()))
+        self._squares[id(parameter)] = before + squared_norm(grad)
 
-    def _held(self, place: int, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+    def _held(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
         grad = grad.coalesce() if grad.is_sparse else grad
-        own = self._squares.get(place)
-        if own is None:  # the task does not move it, so the trap must not either
-            return torch.zeros_like(grad)
-        share = self.share(own, _square(grad))
-        self.note(share.reshape(1), product(parameter.grad, grad).reshape(1))
-        return grad * share.to(grad.dtype)
-
-
-def _at(
-    place: int, parameter: nn.Parameter, act: Callable[[int, nn.Parameter, Tensor], Tensor | None]
-) -> Callable[[Tensor], Any]:
-    return lambda grad: act(place, parameter, grad)
+        share = self.judge(parameter, grad, squared_norm(grad), parameter.grad)
+        return torch.zeros_like(grad) if share is None else grad * share.to(grad.dtype)
 
 
 def product(gathered: Tensor | None, grad: Tensor) -> Tensor:
@@ -133,7 +146,7 @@ def product(gathered: Tensor | None, grad: Tensor) -> Tensor:
     return torch.dot(gathered.flatten(), grad.to(gathered.dtype).flatten())
 
 
-def _square(grad: Tensor) -> Tensor:
+def squared_norm(grad: Tensor) -> Tensor:
     """Squared norm, in float32 at least: a half would overflow."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     values = grad.coalesce().values() if grad.is_sparse else grad

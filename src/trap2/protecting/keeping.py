@@ -2,17 +2,20 @@
 
 Where little of a model is trained, as with an adapter, the gradients of a pass are kept apart until
 it has ended, and all tensors are judged and added together: on a GPU hundreds of small ones, each
-judged by a dozen kernels on its way, cost more than the pass itself. Otherwise each is judged as it
-arrives, without a copy: of a whole model the copies would be as large as the model.
+judged by a dozen kernels on its way, cost more than the pass itself. Otherwise each is judged when
+it has arrived, added, and let go before the next one comes: of a whole model a second set would be
+as large as the model. Where processes share gradients or tensors, what reduces them must find them
+in `.grad`, so they are judged on their way there.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from trap2.protecting.cap import Cap, product
+from trap2.protecting.cap import Cap, product, squared_norm
 from trap2.protecting.guard import Guard
 from trap2.protecting.wrappers import is_sharded, processes
 
@@ -35,7 +38,8 @@ class Keeper:
         everything = [*model.parameters()]
         self._trained = [p for p in everything if p.requires_grad]
         little = _size(self._trained) <= LITTLE * _size(everything)
-        self._little = little and not any(map(is_sharded, self._trained))
+        self._sharded = any(map(is_sharded, self._trained))
+        self._little = little and not self._sharded
         self._joint = joint
         self._own: dict[int, Tensor] = {}
         self.cap, self.guard = cap, guard
@@ -67,9 +71,7 @@ class Keeper:
     def holding(self) -> Iterator[None]:
         """Around a trap pass, inside everything else that changes its gradients."""
         if not self._apart:
-            with ExitStack() as stack:
-                stack.enter_context(self.cap.holding())
-                stack.enter_context(self.guard.watch())
+            with self._passing() if self._sharded or processes() > 1 else self._arriving():
                 yield
             return
         before = self._taken()
@@ -79,6 +81,47 @@ class Keeper:
         finally:
             self._put(before)
         self.judge([*zip(self._trained, found, strict=True)])
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        """Gradients are judged on their way to `.grad`."""
+        with self.cap.holding(), self.guard.watch():
+            yield
+
+    @contextmanager
+    def _arriving(self) -> Iterator[None]:
+        """Gradients are judged one by one as they come to lie in `.grad`, which is empty for it."""
+        before = self._taken()
+        with ExitStack() as stack:
+            stack.callback(self._put, before)
+            for place, parameter in enumerate(self._trained):
+                act = partial(self._arrived, before, place)
+                hook = parameter.register_post_accumulate_grad_hook(act)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+            yield
+        self.guard.settle()
+
+    @torch.no_grad()
+    def _arrived(self, before: list[Tensor | None], place: int, parameter: Tensor) -> None:
+        """Add the gradient that has come to the one that was there before."""
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None
+        grad, gathered = grad.coalesce() if grad.is_sparse else grad, before[place]
+        size = squared_norm(grad)
+        share = self.cap.judge(self._trained[place], grad, size, gathered)
+        fit = self.guard.fit(size.reshape(1))
+        if grad.device.type != "cpu":
+            grad.masked_fill_(~fit, 0.0)  # to look would be to wait
+        elif not fit:
+            return
+        if share is None:
+            return
+        if gathered is None:
+            before[place] = grad.mul_(share.to(grad.dtype))
+        elif grad.is_sparse:
+            gathered.add_(grad.mul_(share.to(grad.dtype)))
+        else:
+            gathered.addcmul_(grad, share.to(grad.dtype))
 
     def judge(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Add gradients of the trap to the nominal ones, as far as cap and guard let them."""
