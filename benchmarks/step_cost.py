@@ -309,12 +309,11 @@ def main() -> None:
         for method in chosen.methods:
             command = shlex.join(["python", "benchmarks/step_cost.py", *sys.argv[1:]])
             measured = measure(name, method, chosen.device, chosen.repeats)
-            runs[f"{chosen.device}/{name}/{method}"] = {"command": command, **measured}
+            made = {"command": command, "machine": machine(), "versions": versions()}
+            runs[f"{chosen.device}/{name}/{method}"] = {**made, **measured}
             record = {
                 "figures": figures(runs),
                 "command": "python benchmarks/step_cost.py",
-                "machine": machine(),
-                "versions": versions(),
                 "seeds": [0],
                 "setting": asdict(Trap2Config()),
                 "runs": runs,

@@ -78,6 +78,15 @@ def test_the_trap_waits_for_the_warm_up_and_then_ramps_linearly() -> None:
     assert Trap2Config(strength=0.6, warmup=0, ramp=0).strength_at(0) == 0.6
 
 
+def test_the_trap_comes_every_so_many_steps() -> None:
+    config = Trap2Config(warmup=3, ramp=0, every=2, scales_per_step=4)
+    assert [config.passes_at(step) for step in range(9)] == [0, 0, 0, 4, 0, 4, 0, 4, 0]
+    assert [Trap2Config(warmup=1).passes_at(step) for step in range(4)] == [0, 1, 1, 1]
+    assert Trap2Config(strength=0.0, warmup=0).passes_at(0) == 0
+    with pytest.raises(UserError, match=r"every=0 is out of range; it must be 1 or more"):
+        Trap2Config(every=0)
+
+
 def test_the_law_is_the_configured_one() -> None:
     settings = {"low": 0.3, "high": 1.2, "band": 0.1, "near": 0.2, "focus": 0.4}
     config = Trap2Config(**settings, weighting="inverse_sqrt", warmup=0, ramp=0, closing=0)

@@ -91,7 +91,7 @@ class Protector:
         own = backward is not torch.Tensor.backward
         scaler = getattr(accelerator, "scaler", None)
         guard = Guard(self.update.model, has_scaler=own or scaler is not None)
-        cap = Cap(self.update.model, self.config.cap)
+        cap = Cap(self.update.model, self.config.every * self.config.cap)
         self._keeper = Keeper(self.update.model, cap, guard, self.config.one_pass)
         self._joint = Joint(self.update.model, self.config) if self.config.one_pass else None
         self._surrogates = Surrogates.of(self.config, self.update)
@@ -114,7 +114,7 @@ class Protector:
                 processes train at different scales.
         """
         weight = 1.0 / self._accumulation_steps if share is None else share
-        passes = self.config.scales_per_step if self.config.strength_at(self._step) > 0 else 0
+        passes = self.config.passes_at(self._step)
         micro_batches = getattr(self._accelerator, "gradient_accumulation_steps", None)
         targets = targets_per_row(batch, shifts_labels(self.model)) if passes else 1.0
         fewest = self.config.fewest_rows(micro_batches or self._accumulation_steps, targets)

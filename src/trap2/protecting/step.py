@@ -71,12 +71,13 @@ def trap_step(
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
     """
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
-    strength, law = config.strength_at(step), config.law_at(step)
-    if strength == 0.0:
+    strength, law = config.every * config.strength_at(step), config.law_at(step)
+    passes = config.passes_at(step)
+    if passes == 0:
         return StepRecord(finite(nominal(), "nominal loss", step), None, ())
     with keeper.listening() if keeper else nullcontext():
         loss = nominal()
-    scales = law.draw(config.scale_seed, step, config.scales_per_step)
+    scales = law.draw(config.scale_seed, step, passes)
     mixes = [surrogates.mix(step, *p) if surrogates else Mix(p[1]) for p in enumerate(scales)]
     traps = []
     for part, mix in enumerate(mixes):

@@ -107,7 +107,7 @@ class _ProtectedMixin:
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
         guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
-        cap = Cap(self.model, self.trap2.cap)
+        cap = Cap(self.model, self.trap2.every * self.trap2.cap)
         self._keeper = Keeper(self.model, cap, guard, self.trap2.one_pass)
         self.surrogates = Surrogates.of(self.trap2, self.update)
         if self.trap2.one_pass and not self._plain:
@@ -134,9 +134,7 @@ class _ProtectedMixin:
             loss: Tensor = step(model, rows, *args, **kwargs)
             return loss
 
-        passes = self.trap2.scales_per_step
-        if self.trap2.strength_at(self.state.global_step) == 0:
-            passes = 0
+        passes = self.trap2.passes_at(self.state.global_step)
         if isinstance(inputs.get("labels"), Tensor):
             self._targets = target_count(inputs, self._shifted)
         targets = targets_per_row(inputs, self._shifted) if passes else 1.0
