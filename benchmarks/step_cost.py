@@ -8,15 +8,16 @@ with LoRA and in full by several kinds of step, on the same batches, alternating
 
     plain      forward, backward, clip, optimizer step
     protected  the same with the default trap
+    second     the trap in every second step, on three tenths of the rows
     one_pass   with the trap's rows in the nominal pass (LoRA alone)
     all_rows   the trap on every row, without a cap
     paper      the setting of arXiv 2601.21898 with this package: every row twice
     two_pass   that objective written down directly: a second set of scaled weights through
                `torch.func.functional_call`
 
-Time is the median of the paired ratios. Memory is the peak of a process that runs one kind of step
-only, above what the imports take (on a GPU: the allocator's peak while it runs one kind). Writes
-`results/step_cost.json`.
+Time is that of two steps, so that each has a trap, and the median of the paired ratios. Memory is
+the peak of a process that runs one kind of step only, above what the imports take (on a GPU: the
+allocator's peak while it runs one kind). Writes `results/step_cost.json`.
 """
 
 import argparse
@@ -49,8 +50,11 @@ from trap2.protecting.protector import Protector
 from trap2.protecting.scaled import LiveUpdate
 from trap2.provenance import machine, versions
 
+WINDOW = 2
+"""Steps that are timed together."""
+
 OUT = Path(__file__).parent.parent / "results" / "step_cost.json"
-STEPS = ("plain", "protected", "one_pass", "all_rows", "paper", "two_pass")
+STEPS = ("plain", "protected", "second", "one_pass", "all_rows", "paper", "two_pass")
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,9 @@ def steps(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, Callable[[Any],
         made["plain"] = lambda batch: model(**batch).loss.backward()
     if "protected" in kinds:
         made["protected"] = Protector(model, Trap2Config(warmup=0, ramp=0)).backward
+    if "second" in kinds:
+        resting = Trap2Config(warmup=0, ramp=0, every=2, fraction=0.3)
+        made["second"] = Protector(model, resting).backward
     if "one_pass" in kinds:
         riding = Trap2Config(warmup=0, ramp=0, one_pass=True)
         made["one_pass"] = Protector(model, riding).backward
@@ -184,18 +191,20 @@ def kinds_of(method: str) -> tuple[str, ...]:
 def seconds(
     model: nn.Module, shape: Shape, device: str, repeats: int, kinds: tuple[str, ...]
 ) -> dict[str, list[float]]:
-    """Seconds of every step of every kind, alternating on the same batches."""
+    """Seconds of a step of every kind, alternating on the same batches, `WINDOW` at a time."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     runs = steps(model, kinds)
-    for number, batch in enumerate(batches(shape, repeats + 2, device)):
+    drawn = batches(shape, WINDOW * (repeats + 1), device)
+    for number in range(repeats + 1):
         for kind, run in runs.items():
             start = time.perf_counter()
-            _one(model, optimizer, run, batch)
+            for batch in drawn[WINDOW * number : WINDOW * (number + 1)]:
+                _one(model, optimizer, run, batch)
             if device == "cuda":
                 torch.cuda.synchronize()
-            if number >= 2:  # the first ones warm up caches
-                taken[kind].append(time.perf_counter() - start)
+            if number > 0:  # the first ones warm up caches
+                taken[kind].append((time.perf_counter() - start) / WINDOW)
     return taken
 
 
@@ -272,6 +281,8 @@ def figures(runs: dict[str, Any]) -> dict[str, float]:
     for what, kind, prefix in (
         ("time_ratio", "protected", "time_ratio"),
         ("memory_ratio", "protected", "memory_ratio"),
+        ("time_ratio", "second", "second_time_ratio"),
+        ("memory_ratio", "second", "second_memory_ratio"),
         ("time_ratio", "one_pass", "one_pass_time_ratio"),
         ("memory_ratio", "one_pass", "one_pass_memory_ratio"),
         ("time_ratio", "all_rows", "all_rows_time_ratio"),
