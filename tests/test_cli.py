@@ -605,6 +605,30 @@ def test_a_signed_release_is_verified_with_the_publishers_key(capsys, published)
     assert "is not as the owner of" in in_one_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_leaves_ends_a_command_in_silence(unbuffered):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "trap2", "list", "attacks"],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_pipe_that_broke_elsewhere_is_not_hidden(monkeypatch):
+    def broken(suite: str | None) -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr("trap2.cli.judging._list_attacks", broken)
+    with pytest.raises(BrokenPipeError, match="a worker is gone"):
+        main(["list", "attacks"])
+
+
 def unblock() -> None:
     """A test run in the background would hand its ignored Ctrl-C on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,7 +1,8 @@
 """The command line, `trap2 COMMAND`: protect, attack and audit, report, publish.
 
 Nothing heavy is imported before a command is known, so that help is instant. Errors of the user's
-end in one line on stderr and exit code 2; a requirement that is not met in 1; Ctrl-C in 130.
+end in one line on stderr and exit code 2; a requirement that is not met in 1; Ctrl-C in 130;
+a reader of stdout that went away in 141, in silence.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0, 1 if a requirement is not met, 2 for an error of the user's, 130 after Ctrl-C.
+        Exit code: 0, 1 if a requirement is not met, 2 for an error of the user's, 130 after Ctrl-C,
+        141 if the reader of stdout went away.
     """
     chosen = parser().parse_args(arguments)
     # Libraries' own progress bars, hints and deprecations would drown ours.
@@ -45,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return int(chosen.run(chosen) or 0)
+        code = int(chosen.run(chosen) or 0)
+        sys.stdout.flush()  # here, where a reader that left is no error
+        return code
     except Trap2Error as error:
         print(f"trap2: error: {error}", file=sys.stderr)
         return 2
@@ -53,6 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = f"'{error.name}', which is not installed; pip install 'trap2[run]'"
         print(f"trap2: error: {chosen.command} needs {missing}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141
     except KeyboardInterrupt:
         print("trap2: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+
+
+def _reader_left() -> bool:
+    """Whether the reader of stdout went away (`trap2 list attacks | head`), and not a worker's.
+
+    Then what is still to be written goes nowhere, or Python would complain about it at its exit.
+    """
+    try:
+        print(flush=True)  # a flush alone has nothing to write where stdout is not buffered
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -131,6 +131,15 @@ class Trap2Config:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
         return self.strength * _grown(step - self.warmup, self.ramp)
 
+    def pass_strength_at(self, step: int) -> float:
+        """Weight of the trap in a step that has one: it makes up for the steps between two."""
+        return self.every * self.strength_at(step)
+
+    @property
+    def pass_cap(self) -> float:
+        """The cap of a step that has a trap, as its strength: it, too, is a mean over all steps."""
+        return self.every * self.cap
+
     def passes_at(self, step: int) -> int:
         """Trap passes of an optimizer step: none before the trap starts, nor between two traps."""
         due = self.strength_at(step) > 0 and (step - self.warmup) % self.every == 0
