@@ -20,10 +20,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import first_bench
 import images
@@ -34,7 +33,7 @@ from trap2.errors import Trap2Error, UserError
 from trap2.files import read_json, write_json, write_text
 from trap2.progress import audit_bar
 from trap2.provenance import machine, now, versions
-from trap2.recipes import AuditSpec, Precision
+from trap2.recipes import AuditSpec
 from trap2.schema import Report
 
 RESULTS = first_bench.RESULTS
@@ -121,12 +120,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     top.add_argument("--attacks", nargs="+", default=own, choices=every)
     top.add_argument("--rows", type=int, default=150, help="validation rows; twice as many test")
     top.add_argument("--seed", type=int, default=0)
-    top.add_argument(
-        "--precision",
-        default=first_bench.PRECISION,
-        choices=get_args(Precision),
-        help="of text models; a CPU without instructions for bfloat16 is far faster in float32",
-    )
+    first_bench.add_precision(top)
     top.add_argument("--work", type=Path, default=Path("build/attacks"))
     top.add_argument("--out", type=Path, default=RESULTS)
     return top.parse_args(arguments)
@@ -160,9 +154,7 @@ def _quadruple(
 
 
 def _text(method: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    own, bench = {"precision": chosen.precision}, first_bench.TEXT
-    training = {method: {**bench.training[method], **own}}
-    bench = replace(bench, training=training, attacker={**bench.attacker, **own})
+    bench = first_bench.text_bench(chosen.precision)
     return _quadruple(bench, method, _data() / "text", chosen)
 
 

@@ -50,15 +50,16 @@ def main() -> None:
     top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     top.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(first_bench.TASKS))
     top.add_argument("--seed", type=int, default=0)
+    first_bench.add_precision(top)
     top.add_argument("--work", type=Path, default=Path("build/bench"))
     chosen = top.parse_args()
     data = Path(os.environ.get("TRAP2_DATA", "")) / "text"
     if not (data / TASKS[0]).is_dir():
         sys.exit(f"TRAP2_DATA: no folder {data / TASKS[0]}; set it to the folder that holds text/")
     first_bench.SETTINGS.update(SETTINGS)
-    runs = {}
+    bench, runs = first_bench.text_bench(chosen.precision), {}
     for task, setting in product(chosen.tasks, SETTINGS):
-        of = (chosen.work, data, "lora", setting, task, chosen.seed)
+        of = (chosen.work, data, "lora", setting, task, chosen.seed, bench)
         runs[f"{task}/{setting}"] = course(first_bench.make_release(*of))
     record = {
         "command": "TRAP2_DATA=... python benchmarks/controller.py",

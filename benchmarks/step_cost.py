@@ -10,6 +10,7 @@ with LoRA and in full by several kinds of step, on the same batches, alternating
     protected  the same with the default trap
     second     the trap in every second step, on three tenths of the rows
     one_pass   with the trap's rows in the nominal pass (LoRA alone)
+    from_files protected, the start of training read from the base's files (in full alone)
     all_rows   the trap on every row, without a cap
     paper      the setting of arXiv 2601.21898 with this package: every row twice
     two_pass   that objective written down directly: a second set of scaled weights through
@@ -27,6 +28,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -54,7 +56,10 @@ WINDOW = 2
 """Steps that are timed together."""
 
 OUT = Path(__file__).parent.parent / "results" / "step_cost.json"
-STEPS = ("plain", "protected", "second", "one_pass", "all_rows", "paper", "two_pass")
+STEPS = ("plain", "protected", "second", "one_pass", "from_files")
+STEPS += ("all_rows", "paper", "two_pass")
+ONLY = {"one_pass": "lora", "from_files": "full"}
+"""Kinds of step that one way of training has."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,8 @@ def steps(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, Callable[[Any],
     if "one_pass" in kinds:
         riding = Trap2Config(warmup=0, ramp=0, one_pass=True)
         made["one_pass"] = Protector(model, riding).backward
+    if "from_files" in kinds:
+        made["from_files"] = _from_files(model)
     if "all_rows" in kinds:
         every = Trap2Config.preset("all_rows", warmup=0, ramp=0)
         made["all_rows"] = Protector(model, every).backward
@@ -156,6 +163,19 @@ def steps(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, Callable[[Any],
     if "two_pass" in kinds:
         made["two_pass"] = TwoPass(model)
     return {kind: made[kind] for kind in kinds}
+
+
+def _from_files(model: nn.Module) -> Callable[[Any], Any]:
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)  # type: ignore[operator]
+    reading = Trap2Config(warmup=0, ramp=0, base_files=folder.name)
+    protector = Protector(model, reading)
+
+    def run(batch: Any) -> None:
+        assert folder  # it stays as long as the step does
+        protector.backward(batch)
+
+    return run
 
 
 class TwoPass:
@@ -176,7 +196,7 @@ class TwoPass:
         scaled = {
             item.name: item.parameter * s
             if item.origin is None
-            else item.origin + s * (item.parameter - item.origin)
+            else item.origin() + s * (item.parameter - item.origin())
             for item in self.shared
         }
         loss = functional_call(self.model, scaled, (), batch).loss
@@ -185,7 +205,7 @@ class TwoPass:
 
 def kinds_of(method: str) -> tuple[str, ...]:
     """The kinds of step that a way of training has."""
-    return tuple(kind for kind in STEPS if method == "lora" or kind != "one_pass")
+    return tuple(kind for kind in STEPS if ONLY.get(kind, method) == method)
 
 
 def seconds(
@@ -285,6 +305,8 @@ def figures(runs: dict[str, Any]) -> dict[str, float]:
         ("memory_ratio", "second", "second_memory_ratio"),
         ("time_ratio", "one_pass", "one_pass_time_ratio"),
         ("memory_ratio", "one_pass", "one_pass_memory_ratio"),
+        ("time_ratio", "from_files", "from_files_time_ratio"),
+        ("memory_ratio", "from_files", "from_files_memory_ratio"),
         ("time_ratio", "all_rows", "all_rows_time_ratio"),
         ("memory_ratio", "all_rows", "all_rows_memory_ratio"),
         ("time_ratio", "paper", "paper_time_ratio"),

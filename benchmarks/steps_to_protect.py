@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import first_bench
+from first_bench import Bench
 from trap2.auditing.audit import audit
 from trap2.auditing.ledger import Ledger
 from trap2.errors import UserError
@@ -34,8 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper_0.1": {"preset": "paper", "strength": 0.1},
 }
 STEPS = {"default": (150, 300, 450, 600), "paper_0.01": (600, 1200), "paper_0.1": (600, 1200)}
-ATTACKER = {
-    **first_bench.ATTACKER,
+ATTACKER: dict[str, Any] = {
     "attacks": ["task_arithmetic"],
     "coefficients": [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
     "grids": {},
@@ -51,26 +51,30 @@ def main() -> None:
     top.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     top.add_argument("--steps", nargs="+", type=int, help="instead of each setting's own")
     top.add_argument("--seed", type=int, default=0)
+    first_bench.add_precision(top)
     top.add_argument("--work", type=Path, default=Path("build/bench"))
     top.add_argument("--out", type=Path, default=first_bench.RESULTS / "steps_to_protect.json")
     chosen = top.parse_args()
     data = Path(os.environ.get("TRAP2_DATA", "")) / "text"
     if not (data / TASK).is_dir():
         raise UserError(f"TRAP2_DATA: no folder {data / TASK}; set it to the folder of the data")
+    bench = first_bench.text_bench(chosen.precision)
     runs: dict[str, Any] = read_json(chosen.out)["runs"] if chosen.out.is_file() else {}
     for setting in chosen.settings:
         for steps in chosen.steps or STEPS[setting]:
             key = f"{setting}/{steps}/{chosen.seed}"
             if key not in runs:
-                runs[key] = measured(chosen.work, data, setting, steps, chosen.seed)
+                runs[key] = measured(bench, chosen.work, data, setting, steps, chosen.seed)
                 write(chosen.out, runs)
     write(chosen.out, runs)
 
 
-def measured(work: Path, data: Path, setting: str, steps: int, seed: int) -> dict[str, float]:
+def measured(
+    bench: Bench, work: Path, data: Path, setting: str, steps: int, seed: int
+) -> dict[str, Any]:
     """Train and audit one release."""
     release = work / "steps" / f"{setting}-{steps}-{seed}"
-    bench, task = first_bench.TEXT, first_bench.task_section(data, TASK)
+    task = bench.section(data, TASK)
     base = str(bench.base(data))
     recipe = {
         "base": base,
@@ -84,18 +88,18 @@ def measured(work: Path, data: Path, setting: str, steps: int, seed: int) -> dic
         protect(Recipe.model_validate(recipe), release, overwrite=True)
 
     def control(name: str) -> str:
-        return str(first_bench.make_release(work, data, METHOD, "control", name, seed))
+        return str(first_bench.make_release(work, data, METHOD, "control", name, seed, bench))
 
     spec = {
         "base": base,
         "release": {"path": str(release), "task": task},
         "control": control(TASK),
         "partners": [
-            {"path": control(name), "task": first_bench.task_section(data, name)}
+            {"path": control(name), "task": bench.section(data, name)}
             for name in bench.tasks
             if name != TASK
         ],
-        "attacker": ATTACKER,
+        "attacker": {**bench.attacker, **ATTACKER},
         "seed": seed,
     }
     with audit_bar() as progress, Ledger(work / "steps") as ledger:
@@ -108,6 +112,7 @@ def measured(work: Path, data: Path, setting: str, steps: int, seed: int) -> dic
         "utility_cost": cost,
         "t1_unmergeability": report.tiers["T1"].unmergeability,
         "t2_unmergeability": report.tiers["T2"].unmergeability,
+        "precision": report.settings["precision"],
         "t1_control_unmergeability": report.tiers["T1"].control_unmergeability or 0.0,
     }
 

@@ -33,12 +33,13 @@ def test_every_benchmark_imports_and_says_how_it_is_run(path):
     assert f"python benchmarks/{path.name}" in str(module.__doc__)
 
 
-@pytest.mark.parametrize(("name", "bench"), [("first_bench", "TEXT")])
-def test_figures_and_table_of_a_bench_are_those_of_its_runs(name, bench):
+@pytest.mark.parametrize(("name", "attacker"), [("first_bench", "ATTACKER")])
+def test_figures_and_table_of_a_bench_are_those_of_its_runs(name, attacker):
     module = _loaded("first_bench")
     record = json.loads((BENCHMARKS.parent / "results" / f"{name}.json").read_text())
     runs = record["runs"]
-    assert record["attacker"] == getattr(module, bench).attacker
+    # Runs say themselves in which precision they were made.
+    assert record["attacker"].items() >= getattr(module, attacker).items()
     assert record["figures"].items() >= module.figures(runs, "lora/default").items()
     mine = {k: r for k, r in runs.items() if k.startswith("lora/default/subj/")}
     cost = statistics.mean(r["utility_cost"] for r in mine.values())

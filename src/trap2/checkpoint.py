@@ -80,11 +80,7 @@ class Checkpoint:
 
     def _opened(self, path: Path) -> safe_open:
         """The open file; anew where another was read last, where it changed, or past `HELD`."""
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}; download it again") from error
-        key = (path, state.st_ino, state.st_size, state.st_mtime_ns)
+        key = _stamp(path)
         if self._held is None or self._held[0] != key or self._read > HELD:
             self._held, self._read = (key, self._open(path)), 0
         return self._held[1]
@@ -115,14 +111,23 @@ class Checkpoint:
         with self._holding(name) as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def stamp(self, name: str) -> tuple[object, ...]:
+        """What tells the file that holds a tensor from another, or from itself once it changed."""
+        return _stamp(self._files[name])
+
+    def tensor(self, name: str, mapped: bool = False) -> torch.Tensor:
         """Read one tensor as it is stored; its entries are looked at the first time.
+
+        Args:
+            name: Its name.
+            mapped: Give the file's own memory, to be read at once and not to be changed.
 
         Raises:
             UserError: It is not there, or a floating-point tensor holds NaN or infinity.
         """
         with self._holding(name) as tensors:
-            value: torch.Tensor = tensors.get_tensor(name).clone()  # it was a view of the map
+            value: torch.Tensor = tensors.get_tensor(name)
+            value = value if mapped else value.clone()
         self._read += value.nbytes
         if name in self._finite:
             return value
@@ -138,6 +143,14 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over the weight files of the folder."""
         return weights_digest(self.folder)
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}; download it again") from error
+    return path, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def shapes_differ(

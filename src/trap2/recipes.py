@@ -281,6 +281,7 @@ PATH_KEYS = (
     "control",
     "folder",
     "surrogates",
+    "base_files",
 )
 
 

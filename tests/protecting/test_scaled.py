@@ -114,7 +114,7 @@ def test_a_head_that_is_not_scaled_keeps_its_own_gradient(frozen: bool) -> None:
     body.weight.requires_grad_(not frozen)
     update, s = LiveUpdate(model), 0.3
     assert {item.name for item in update.shared} <= {"body.weight", "body.bias"}
-    origin = [item.origin for item in update.shared]
+    origin = [item.origin() for item in update.shared]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
@@ -225,3 +225,32 @@ def test_batch_norm_statistics_rest_and_then_move_again() -> None:
     evaluated = layer(x)
     with frozen_statistics(model):
         assert torch.equal(layer(x), evaluated)
+
+
+@pytest.mark.parametrize("kind", [bert, lora])
+def test_scaled_values_take_the_same_memory_in_every_pass(kind):
+    model = kind()
+    update = LiveUpdate(model)
+    own = [item.parameter.data_ptr() for item in update.shared]
+    used = []
+    for s in (0.5, 1.3):
+        with update.at(s):
+            used.append([item.parameter.data_ptr() for item in update.shared])
+    assert used[0] == used[1]
+    assert not {*used[0]} & {*own}
+    assert [item.parameter.data_ptr() for item in update.shared] == own
+
+
+def test_a_scale_inside_another_is_its_own_and_leaves_the_other():
+    model = nn.Linear(3, 2)
+    update = LiveUpdate(model)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    with update.at(0.5):
+        outer = model.weight.detach().clone()
+        assert torch.allclose(outer, start + 0.5)
+        with update.at(0.5):  # of the model as it stands
+            assert torch.allclose(model.weight, start + 0.25)
+        assert torch.equal(model.weight, outer)
+    assert torch.allclose(model.weight, start + 1.0)

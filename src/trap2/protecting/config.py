@@ -87,6 +87,9 @@ class Trap2Config:
     surrogate_count: int = _setting(
         0, "partners made of the bank: more than it holds are transforms; 0: the bank as it is"
     )
+    base_files: str = _setting(
+        "", "folder of the base: full fine-tuning holds no copy of it but reads these files"
+    )
     scale_seed: int = _setting(0, "seed of the scales")
 
     def __post_init__(self) -> None:

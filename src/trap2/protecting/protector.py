@@ -80,7 +80,7 @@ class Protector:
             )
         self.model = model
         self.config = config if config is not None else Trap2Config()
-        self.update = LiveUpdate(unwrapped(model))
+        self.update = LiveUpdate(unwrapped(model), self.config.base_files)
         self.objective = TrapObjective(self.config)
         self.last: StepRecord | None = None
         self._forward = forward

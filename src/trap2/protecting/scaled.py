@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trap2.errors import UserError
 from trap2.naming import is_head
 from trap2.protecting.lookups import sparse_lookups
+from trap2.protecting.origins import Origin, copy_of, origins
 from trap2.protecting.outputs import ScaledOutputs
 from trap2.protecting.preflight import check
 from trap2.protecting.tuners import TOKENS, Adapter, inner_name
@@ -30,7 +31,7 @@ class Shared:
 
     name: str
     parameter: nn.Parameter
-    origin: Tensor | None
+    origin: Origin | None
 
 
 class LiveUpdate:
@@ -42,17 +43,19 @@ class LiveUpdate:
 
     Args:
         model: The model, before its first optimizer step and before it is run compiled.
+        base_files: Folder of the base; full fine-tuning reads from there where it started and
+            holds no copy of what the files have.
 
     Attributes:
         shared: What is scaled in place.
         parameters: All trained parameters but those of heads.
 
     Raises:
-        UserError: Nothing is trainable, or the head alone.
+        UserError: Nothing is trainable, or the head alone; no weights in `base_files`.
         Unsupported: The update could not be scaled exactly.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, base_files: str = "") -> None:
         self.model = model
         # Walking a model's modules is slow: what a step needs of them is looked up once.
         self._all, self._resharding = [*model.parameters()], resharding(model)
@@ -70,8 +73,12 @@ class LiveUpdate:
                 "shared with the base, so there is nothing to protect: unfreeze the encoder"
             )
         self._outputs: ScaledOutputs | None = None
+        self._rooms: dict[str, Tensor] = {}
         if not adapter:
-            self.shared = [Shared(name, p, local(p).detach().clone()) for name, p in apart]
+            starts = origins(apart, base_files)
+            self.shared = [
+                Shared(*named, start) for named, start in zip(apart, starts, strict=True)
+            ]
             return
         self.shared = list(_in_place(model, adapter))
         if not adapter.is_linear:
@@ -113,8 +120,11 @@ class LiveUpdate:
             stack.callback(self._settle)
             with torch.no_grad():
                 for item in self.shared:
-                    value = local(item.parameter)
-                    scaled = value * s if item.origin is None else item.origin.lerp(value, s)
+                    value, scaled = local(item.parameter), self._room(item, stack)
+                    if item.origin is None:
+                        torch.mul(value, s, out=scaled)
+                    else:
+                        torch.lerp(item.origin(), value, s, out=scaled)
                     stack.callback(_hold(item.parameter, scaled))
                 for parameter, delta in added:
                     mixed = (parameter.to(delta.dtype) + delta).to(parameter.dtype)
@@ -127,6 +137,19 @@ class LiveUpdate:
                 stack.enter_context(self._outputs.at(s))
             yield s if most else 1.0
 
+    def _room(self, item: Shared, stack: ExitStack) -> Tensor:
+        """Memory for a parameter's other values until the stack is left.
+
+        Where they lie beside the parameter's own it is kept from pass to pass: to get new memory
+        from the system takes a CPU longer than to fill it, and what it gives back lies in pieces.
+        """
+        room = self._rooms.pop(item.name, None)
+        if room is None:
+            room = torch.empty_like(local(item.parameter))
+        if _lies_beside(item.parameter):
+            stack.callback(self._rooms.__setitem__, item.name, room)
+        return room
+
     def _settle(self) -> None:
         reshard(self._resharding)
         torch.clear_autocast_cache()
@@ -136,11 +159,18 @@ def _size(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+def _lies_beside(parameter: Tensor) -> bool:
+    """Whether a parameter takes other values by taking other memory, without a copy.
+
+    CUDA graphs and gathered shards know a parameter by its memory: those take them in place.
+    """
+    return parameter.device.type == "cpu" and not is_sharded(parameter)
+
+
 @torch.no_grad()
 def _hold(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
     """Give a parameter other values; returns what brings back the old ones, bit by bit."""
-    if is_sharded(parameter) or parameter.device.type != "cpu":
-        # In place: CUDA graphs and gathered shards know a parameter by its memory.
+    if not _lies_beside(parameter):
         part = local(parameter)
         kept = part.detach().clone()
         part.copy_(value)
@@ -213,11 +243,11 @@ def _in_place(model: nn.Module, adapter: Adapter) -> Iterator[Shared]:
         elif not parameter.requires_grad:
             continue
         elif role == "tokens":
-            yield Shared(name, parameter, rows[id(parameter)].detach().clone())
+            yield Shared(name, parameter, copy_of(rows[id(parameter)]))
         elif role == "saved":
             parts = name.split(".")
             at = parts.index("modules_to_save")
             original = ".".join([*parts[:at], "original_module", *parts[at + 2 :]])
-            yield Shared(name, parameter, local(everything[original]).detach().clone())
+            yield Shared(name, parameter, copy_of(everything[original]))
         elif role == "bias":
-            yield Shared(name, parameter, local(parameter).detach().clone())
+            yield Shared(name, parameter, copy_of(parameter))

@@ -102,7 +102,7 @@ class _ProtectedMixin:
                 "taken note of its parameters; use a loop with Protector, made after fully_shard"
             )
         self.trap2 = trap2 if trap2 is not None else Trap2Config()
-        self.update = LiveUpdate(self.model)
+        self.update = LiveUpdate(self.model, self.trap2.base_files)
         self.objective = TrapObjective(self.trap2)
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
