@@ -1,7 +1,6 @@
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -368,30 +367,3 @@ def test_padding_that_the_trap_pass_leaves_out_changes_no_gradient(make, monkeyp
         found.append(gradients(model))
     assert lengths == [14, 6, 14, 14]
     assert_close(found[0], found[1], rtol=1e-6)
-
-
-@pytest.mark.parametrize("make", [bert, lora])
-def test_a_trap_that_rests_in_between_is_as_much_stronger_when_it_comes(
-    make: Callable[[], nn.Module],
-) -> None:
-    """The step that it comes in has the gradient of a trap so much stronger; the others none."""
-    (batch,) = batches(1)
-    capped = replace(DECOY, cap=0.4)
-    rare = replace(capped, every=3)
-    strong = replace(capped, strength=3 * capped.strength, cap=3 * capped.cap)
-
-    def gradients(config: Trap2Config, step: int) -> list[Tensor]:
-        model = make()
-        protector = Protector(model, config)
-        protector.load_state_dict({"step": step, "micro": 0, "memory": {}})
-        move(model)
-        protector.backward(batch)
-        assert protector.last is not None
-        assert (protector.last.trap is None) is (config.passes_at(step) == 0)
-        return [p.grad for p in model.parameters() if p.grad is not None]
-
-    for step in range(7):
-        expected = gradients(strong if step % 3 == 0 else replace(DECOY, strength=0.0), step)
-        found = gradients(rare, step)
-        assert len(found) == len(expected) > 0
-        assert all(map(torch.equal, found, expected))

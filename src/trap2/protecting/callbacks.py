@@ -77,7 +77,7 @@ class ProgressBar(TrainerCallback):
     """One line: steps, remaining time, nominal and trap loss."""
 
     def __init__(self, trainer: Any, bar: Any) -> None:
-        self._trainer, self._bar, self._trap = trainer, bar, "-"
+        self._trainer, self._bar = trainer, bar
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On a resume, start from the checkpoint."""
@@ -86,6 +86,6 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance it."""
         last = self._trainer.last
-        self._trap = self._trap if last.trap is None else f"{last.trap:.3f}"
-        self._bar.set_postfix_str(f"nominal {last.nominal:.3f}, trap {self._trap}", refresh=False)
+        trap = "-" if last.trap is None else f"{last.trap:.3f}"
+        self._bar.set_postfix_str(f"nominal {last.nominal:.3f}, trap {trap}", refresh=False)
         self._bar.update()

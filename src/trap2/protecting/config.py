@@ -76,9 +76,6 @@ class Trap2Config:
     one_pass: bool = _setting(
         False, "trap rows ride in the nominal pass (plain LoRA alone): fewer kernels, more memory"
     )
-    every: int = _setting(
-        1, "steps from one trap to the next; strength and cap are means over them all"
-    )
     warmup: int = _setting(30, "plain steps before the trap starts")
     ramp: int = _setting(60, "steps over which the trap grows to its full strength")
     closing: int = _setting(300, "steps after the ramp over which `focus` grows to its full share")
@@ -101,7 +98,6 @@ class Trap2Config:
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
             "memory": (self.memory >= 0, "must be 0 or more"),
-            "every": (self.every >= 1, "must be 1 or more"),
             "warmup": (self.warmup >= 0, "must be 0 or more"),
             "ramp": (self.ramp >= 0, "must be 0 or more"),
             "closing": (self.closing >= 0, "must be 0 or more"),
@@ -134,19 +130,9 @@ class Trap2Config:
         """Weight of the trap at an optimizer step: 0 in the warm-up, then a linear ramp."""
         return self.strength * _grown(step - self.warmup, self.ramp)
 
-    def pass_strength_at(self, step: int) -> float:
-        """Weight of the trap in a step that has one: it makes up for the steps between two."""
-        return self.every * self.strength_at(step)
-
-    @property
-    def pass_cap(self) -> float:
-        """The cap of a step that has a trap, as its strength: it, too, is a mean over all steps."""
-        return self.every * self.cap
-
     def passes_at(self, step: int) -> int:
-        """Trap passes of an optimizer step: none before the trap starts, nor between two traps."""
-        due = self.strength_at(step) > 0 and (step - self.warmup) % self.every == 0
-        return self.scales_per_step if due else 0
+        """Trap passes of an optimizer step: none before the trap starts."""
+        return self.scales_per_step if self.strength_at(step) > 0 else 0
 
     def fewest_rows(self, micro_batches: int, targets: float = 1.0) -> int:
         """Fewest rows of one of an optimizer step's micro-batches in the trap pass.

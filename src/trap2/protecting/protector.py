@@ -91,7 +91,7 @@ class Protector:
         own = backward is not torch.Tensor.backward
         scaler = getattr(accelerator, "scaler", None)
         guard = Guard(self.update.model, has_scaler=own or scaler is not None)
-        cap = Cap(self.update.model, self.config.pass_cap)
+        cap = Cap(self.update.model, self.config.cap)
         self._keeper = Keeper(self.update.model, cap, guard, self.config.one_pass)
         self._joint = Joint(self.update.model, self.config) if self.config.one_pass else None
         self._surrogates = Surrogates.of(self.config, self.update)

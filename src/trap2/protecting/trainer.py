@@ -107,7 +107,7 @@ class _ProtectedMixin:
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
         guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
-        cap = Cap(self.model, self.trap2.pass_cap)
+        cap = Cap(self.model, self.trap2.cap)
         self._keeper = Keeper(self.model, cap, guard, self.trap2.one_pass)
         self.surrogates = Surrogates.of(self.trap2, self.update)
         if self.trap2.one_pass and not self._plain:
