@@ -227,6 +227,20 @@ def test_batch_norm_statistics_rest_and_then_move_again() -> None:
         assert torch.equal(layer(x), evaluated)
 
 
+@pytest.mark.parametrize("kind", [bert, lora])
+def test_scaled_values_take_the_same_memory_in_every_pass(kind):
+    model = kind()
+    update = LiveUpdate(model)
+    own = [item.parameter.data_ptr() for item in update.shared]
+    used = []
+    for s in (0.5, 1.3):
+        with update.at(s):
+            used.append([item.parameter.data_ptr() for item in update.shared])
+    assert used[0] == used[1]
+    assert not {*used[0]} & {*own}
+    assert [item.parameter.data_ptr() for item in update.shared] == own
+
+
 def test_a_scale_inside_another_is_its_own_and_leaves_the_other():
     model = nn.Linear(3, 2)
     update = LiveUpdate(model)

@@ -10,7 +10,6 @@ scales its own shard. Adapters that no parameter scales are scaled by `outputs.p
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from trap2.protecting.lookups import sparse_lookups
 from trap2.protecting.origins import Origin, copy_of, origins
 from trap2.protecting.outputs import ScaledOutputs
 from trap2.protecting.preflight import check
-from trap2.protecting.rooms import Rooms
 from trap2.protecting.tuners import TOKENS, Adapter, inner_name
 from trap2.protecting.wrappers import is_sharded, local, reshard, resharding
 
@@ -75,6 +73,7 @@ class LiveUpdate:
                 "shared with the base, so there is nothing to protect: unfreeze the encoder"
             )
         self._outputs: ScaledOutputs | None = None
+        self._rooms: dict[str, Tensor] = {}
         if not adapter:
             starts = origins(apart, base_files)
             self.shared = [
@@ -120,10 +119,8 @@ class LiveUpdate:
         with ExitStack() as stack:
             stack.callback(self._settle)
             with torch.no_grad():
-                rooms = iter(stack.enter_context(self._rooms.open()))
                 for item in self.shared:
-                    value, beside = local(item.parameter), _lies_beside(item.parameter)
-                    scaled = next(rooms) if beside else torch.empty_like(value)
+                    value, scaled = local(item.parameter), self._room(item, stack)
                     if item.origin is None:
                         torch.mul(value, s, out=scaled)
                     else:
@@ -140,9 +137,18 @@ class LiveUpdate:
                 stack.enter_context(self._outputs.at(s))
             yield s if most else 1.0
 
-    @cached_property
-    def _rooms(self) -> Rooms:
-        return Rooms([item.parameter for item in self.shared if _lies_beside(item.parameter)])
+    def _room(self, item: Shared, stack: ExitStack) -> Tensor:
+        """Memory for a parameter's other values until the stack is left.
+
+        Where they lie beside the parameter's own it is kept from pass to pass: to get new memory
+        from the system takes a CPU longer than to fill it, and what it gives back lies in pieces.
+        """
+        room = self._rooms.pop(item.name, None)
+        if room is None:
+            room = torch.empty_like(local(item.parameter))
+        if _lies_beside(item.parameter):
+            stack.callback(self._rooms.__setitem__, item.name, room)
+        return room
 
     def _settle(self) -> None:
         reshard(self._resharding)
