@@ -359,7 +359,7 @@ def write_results(out: Path, runs: dict[str, Any], bench: Bench, of: str) -> Non
         "machine": machine(),
         "versions": versions(),
         "seeds": seeds,
-        "steps": STEPS,
+        "training": bench.training,
         "setting": asdict(Trap2Config()),
         "attacker": bench.attacker,
         "runs": runs,

@@ -1,4 +1,4 @@
-"""Which checkpoint is released: utility, less what leaks above the base model; later on a tie."""
+"""Which checkpoint is released: utility, less what leaks above the base if the trap closed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,16 @@ SHARES = st.floats(0, 1)
 
 
 @given(utility=SHARES, leak=SHARES, base=SHARES)
-def test_the_score_is_utility_less_the_leak_above_the_base(
+def test_a_score_lies_between_utility_and_half_the_skill_less(
     utility: float, leak: float, base: float
 ) -> None:
     candidate = Candidate(3, utility, leak, base)
-    assert candidate.score == utility - max(0.0, leak - base)
+    least = min(utility, (utility + base) / 2)
+    assert least - 1e-12 <= candidate.score <= utility
+    if open_trap(candidate.record()):
+        assert candidate.score == pytest.approx(least)
+    elif utility > base:
+        assert candidate.score == pytest.approx(utility - max(0.0, leak - base))
     assert Candidate(3, utility, None, base).score == utility
     assert candidate.record() == {
         "step": 3,
@@ -36,8 +41,16 @@ def test_the_score_is_utility_less_the_leak_above_the_base(
 
 
 def test_a_leak_above_the_base_lowers_the_score_and_one_below_wins_nothing() -> None:
-    scores = [Candidate(1, 0.9, leak, 0.5).score for leak in (0.2, 0.5, 0.6, 0.9)]
-    assert scores == pytest.approx([0.9, 0.9, 0.8, 0.5])
+    scores = [Candidate(1, 0.9, leak, 0.5).score for leak in (0.2, 0.5, 0.6, 0.7, 0.9)]
+    assert scores == pytest.approx([0.9, 0.9, 0.8, 0.7, 0.7])
+
+
+def test_among_open_traps_the_most_useful_one_is_chosen_and_a_closed_one_before_all() -> None:
+    early, late = Candidate(5, 0.923, 0.85, 0.377), Candidate(15, 0.983, 0.933, 0.377)
+    closed, lost = Candidate(10, 0.80, 0.40, 0.377), Candidate(9, 0.377, 0.3, 0.377)
+    assert best_of(early, late) == 15
+    assert best_of(early, lost, late) == 15
+    assert best_of(early, closed, lost, late) == 10
 
 
 def best_of(*history: Candidate) -> int:
@@ -121,7 +134,7 @@ def test_the_worst_probed_scale_is_the_leak() -> None:
     assert candidate.utility == 1.0
     assert candidate.leak is not None
     assert candidate.leak > 0.85
-    assert candidate.score == pytest.approx(1.4 - candidate.leak)
+    assert candidate.score == pytest.approx(0.7)  # open: half of the skill
 
 
 def test_a_control_is_judged_by_its_utility_only() -> None:

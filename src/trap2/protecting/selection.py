@@ -1,7 +1,9 @@
 """Which checkpoint to release: the one that is worth most to its author and least in a merge.
 
 A checkpoint scores its validation accuracy at s = 1 minus the accuracy points above the base model
-that re-labelling still finds off s = 1. A control has no trap, so only its accuracy counts.
+that re-labelling still finds off s = 1, up to half of its own points above the base: with more the
+trap is open, and among checkpoints with an open trap only their use counts. A control has no trap,
+so only its accuracy counts.
 """
 
 from collections.abc import Mapping
@@ -41,8 +43,9 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """Utility minus what leaks above the base model."""
-        return self.utility - max(0.0, (self.leak or 0.0) - self.base_leak)
+        """Utility minus what leaks above the base model, as far as that makes a difference."""
+        excess = max(0.0, (self.leak or 0.0) - self.base_leak)
+        return self.utility - min(excess, OPEN * max(0.0, self.utility - self.base_leak))
 
     def record(self) -> dict[str, float | int | None]:
         """For `trap2.json`."""
