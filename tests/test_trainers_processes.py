@@ -85,6 +85,13 @@ def test_a_trap_dropped_on_one_process_leaves_the_weights_equal_and_finite(
         assert value.isfinite().all(), name
 
 
+def test_processes_ease_the_trap_alike(facts: list[dict[str, Any]]) -> None:
+    alone = script.eased(0, 1)  # both processes' losses in one
+    assert facts[0]["eased"] == facts[1]["eased"] == alone
+    assert min(alone) < 1.0
+    assert min(script.eased(0)) == 1.0
+
+
 def test_gathered_parameters_never_hide_the_scaled_shards(facts: list[dict[str, Any]]) -> None:
     for fact in facts:
         before, scaled, after = fact["stale"]

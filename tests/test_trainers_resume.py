@@ -11,10 +11,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import trainees
 from trainees import llama, lora, ragged
+from trap2.protecting import easing
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.trainer import protect_trainer
 
-CONFIG = Trap2Config(warmup=2, ramp=3, closing=3, fraction=0.5, memory=16, scales_per_step=2)
+CONFIG = Trap2Config(
+    warmup=2, ramp=3, closing=3, fraction=0.5, memory=16, scales_per_step=2, ease=1.01
+)
 
 
 def dropping() -> nn.Module:
@@ -32,9 +35,11 @@ class Scales(TrainerCallback):
 
 @pytest.mark.parametrize("make", [llama, dropping])
 def test_a_resumed_trainer_is_the_uninterrupted_one(
-    make: Callable[[], nn.Module], tmp_path: Path
+    make: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Optimizer, schedule, dropout, order of rows, scales; the trap keeps no state of its own."""
+    """Optimizer, schedule, dropout, order of rows, scales; the trap's memory and its easing."""
+    for name, value in {"BLOCK": 1, "BLOCKS": 2, "FAR": 0.0}.items():
+        monkeypatch.setattr(easing, name, value)
 
     def run(resume: bool) -> tuple[dict[str, Tensor], list[tuple[float, ...]], list[Any]]:
         model, scales = make(), Scales()
@@ -59,7 +64,7 @@ def test_a_resumed_trainer_is_the_uninterrupted_one(
         checkpoint = str(tmp_path / "checkpoint-5") if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
         logs = [
-            [entry[key] for key in ("step", "loss", "trap2/trap_loss", "trap2/strength")]
+            [entry[key] for key in ("step", "loss", "trap2/trap_loss", "trap2/eased")]
             for entry in trainer.state.log_history
             if "trap2/trap_loss" in entry
         ]
@@ -70,5 +75,6 @@ def test_a_resumed_trainer_is_the_uninterrupted_one(
     assert len(set(scales)) == 7  # two of them the warm-up's empty tuple
     assert resumed_scales == scales[5:]
     assert resumed_logs == logs
+    assert min(eased for *_, eased in logs) < 1.0
     for name, value in weights.items():
         assert torch.equal(again[name], value), name

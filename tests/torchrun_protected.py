@@ -22,6 +22,7 @@ import trainees
 from trainees import llama, lora, move, ragged, stacked
 from trap2.errors import TrainingStopped, Unsupported
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.easing import BLOCK, BLOCKS, Easing
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
 from trap2.protecting.scaled import LiveUpdate
@@ -156,6 +157,7 @@ def main(folder: Path) -> None:
     wrapped = DistributedDataParallel(moved(lora()))
     facts["dropped"] = loop(wrapped, forward=broken_on_the_second).dropped
     results["dropped"] = trained(wrapped)
+    facts["eased"] = eased(rank)
     facts["stale"] = after_an_evaluation(model)
     facts["wrong"] = refusal(lambda: loop(DistributedDataParallel(lora()), wrong(rank)))
     unreduced = sharded(llama())
@@ -177,6 +179,17 @@ def broken_on_the_second(model: nn.Module, batch: Any) -> Outcome:
 
 def wrong(rank: int) -> Trap2Config:
     return Trap2Config(**{**vars(CONFIG), "scale_seed": rank})
+
+
+def eased(*ranks: int) -> list[float]:
+    """The factor after each step where one process's loss rises and the other's does not."""
+    easing, found = Easing(1.5), []
+    for step in range(4 * BLOCK * BLOCKS):
+        for rank in ranks:
+            loss = 0.5 if rank == 0 or step < 2 * BLOCK * BLOCKS else 1.5
+            easing.note(step, loss, torch.device("cpu"))
+        found.append(easing.factor)
+    return found
 
 
 def refusal(run: Any) -> str:

@@ -47,10 +47,13 @@ class Cap:
         model: The model in training.
         multiple: The largest norm of the trap's gradient of a tensor, in norms of the nominal one;
             0 sets no limit.
+
+    Attributes:
+        eased: What the multiple is itself multiplied by (`easing.py`).
     """
 
     def __init__(self, model: nn.Module, multiple: float) -> None:
-        self._parameters, self.multiple = [*model.parameters()], multiple
+        self._parameters, self.multiple, self.eased = [*model.parameters()], multiple, 1.0
         self._squares: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
         self._opposed: list[Tensor] = []
@@ -67,7 +70,7 @@ class Cap:
 
     def share(self, own: Tensor, trap: Tensor) -> Tensor:
         """What is left of the trap's gradients; from squared norms of them and of the task's."""
-        share = self.multiple * (own / trap).sqrt()
+        share = self.eased * self.multiple * (own / trap).sqrt()
         return torch.nan_to_num(share, nan=1.0, posinf=1.0).clamp(max=1.0)
 
     def judge(

@@ -23,7 +23,7 @@ PRESETS: Registry[dict[str, Any]] = Registry("preset")
 """Settings by name, as far as they are not the default: see `Trap2Config.preset`."""
 
 PRESETS.add("default", {})
-PRESETS.add("all_rows", {"fraction": 1.0, "memory": 0, "cap": 0.0})
+PRESETS.add("all_rows", {"fraction": 1.0, "memory": 0, "cap": 0.0, "ease": 0.0})
 PRESETS.add(
     "paper",  # unbounded ascent on all rows, small strength, no warm-up
     {
@@ -38,6 +38,7 @@ PRESETS.add(
         "fraction": 1.0,
         "memory": 0,
         "cap": 0.0,
+        "ease": 0.0,
         "warmup": 0,
         "ramp": 0,
     },
@@ -60,6 +61,9 @@ class Trap2Config:
     readout_weight: float = _setting(3.0, "weight of the read-out adversary added to the loss")
     cap: float = _setting(
         1.0, "largest norm of the trap's gradient of a tensor, in norms of the nominal one; 0: none"
+    )
+    ease: float = _setting(
+        1.5, "rise of the mean task loss, a factor, from which on the trap is halved; 0: never"
     )
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")
@@ -95,6 +99,10 @@ class Trap2Config:
             "strength": (0 <= self.strength < math.inf, "must be finite and 0 or more"),
             "readout_weight": (0 <= self.readout_weight < math.inf, "must be finite and 0 or more"),
             "cap": (0 <= self.cap < math.inf, "must be finite and 0 or more"),
+            "ease": (
+                self.ease == 0 or 1 < self.ease < math.inf,
+                "must be 0 or greater than 1",
+            ),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
             "memory": (self.memory >= 0, "must be 0 or more"),

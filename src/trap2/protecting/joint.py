@@ -196,7 +196,7 @@ def joint_step(
         TrainingStopped: The nominal loss is NaN or infinite, or too many traps were.
     """
     config = objective.config
-    strength, law = config.strength_at(step), config.law_at(step)
+    strength, law = keeper.easing.factor * config.strength_at(step), config.law_at(step)
     scales = law.draw(config.scale_seed, step, config.scales_per_step)
     riders = riders_of(batch, config.fraction, scales, fewest)
     traps: list[Tensor] = []

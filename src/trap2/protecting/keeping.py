@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trap2.protecting.cap import Cap, product, squared_norm
+from trap2.protecting.easing import Easing
 from trap2.protecting.guard import Guard
 from trap2.protecting.wrappers import is_sharded, processes
 
@@ -30,11 +31,19 @@ class Keeper:
         model: The model in training.
         cap: Holds them to a multiple of the nominal ones.
         guard: Leaves out what is not finite.
+        easing: How much of them the task bears; by default all.
         joint: Whether the trap rides in the nominal pass (`joint.py`): then its gradients come
             apart, however much is trained.
     """
 
-    def __init__(self, model: nn.Module, cap: Cap, guard: Guard, joint: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cap: Cap,
+        guard: Guard,
+        easing: Easing | None = None,
+        joint: bool = False,
+    ) -> None:
         everything = [*model.parameters()]
         self._trained = [p for p in everything if p.requires_grad]
         little = _size(self._trained) <= LITTLE * _size(everything)
@@ -42,7 +51,7 @@ class Keeper:
         self._little = little and not self._sharded
         self._joint = joint
         self._own: dict[int, Tensor] = {}
-        self.cap, self.guard = cap, guard
+        self.cap, self.guard, self.easing = cap, guard, easing or Easing(0.0)
 
     @property
     def _apart(self) -> bool:
@@ -52,6 +61,7 @@ class Keeper:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Around the nominal pass: take note of its gradients' norms."""
+        self.cap.eased = self.easing.factor
         if not self._apart:
             with self.cap.listening():
                 yield

@@ -17,6 +17,7 @@ from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.easing import Easing
 from trap2.protecting.guard import Guard
 from trap2.protecting.joint import Joint, Trap, joint_step
 from trap2.protecting.keeping import Keeper
@@ -92,7 +93,9 @@ class Protector:
         scaler = getattr(accelerator, "scaler", None)
         guard = Guard(self.update.model, has_scaler=own or scaler is not None)
         cap = Cap(self.update.model, self.config.cap)
-        self._keeper = Keeper(self.update.model, cap, guard, self.config.one_pass)
+        self._keeper = Keeper(
+            self.update.model, cap, guard, Easing(self.config.ease), self.config.one_pass
+        )
         self._joint = Joint(self.update.model, self.config) if self.config.one_pass else None
         self._surrogates = Surrogates.of(self.config, self.update)
         self._step, self._micro = 0, 0
@@ -123,6 +126,7 @@ class Protector:
             self.last = self._in_one(self._joint, batch, weight, fewest)
         else:
             self.last = self._one_by_one(batch, weight, passes, fewest)
+        self._keeper.easing.note(self._step, self.last.nominal, self.update.device)
         self._count()
         return torch.tensor(self.last.nominal)
 
@@ -201,10 +205,15 @@ class Protector:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as an uninterrupted run would."""
-        memory = self.objective.memory.state_dict()
-        return {"step": self._step, "micro": self._micro, "memory": memory}
+        return {
+            "step": self._step,
+            "micro": self._micro,
+            "memory": self.objective.memory.state_dict(),
+            "easing": self._keeper.easing.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Make the protector first, on the base weights."""
         self._step, self._micro = int(state["step"]), int(state["micro"])
         self.objective.memory.load_state_dict(state["memory"])
+        self._keeper.easing.load_state_dict(state["easing"])

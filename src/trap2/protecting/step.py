@@ -71,7 +71,8 @@ def trap_step(
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
     """
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
-    strength, law = config.strength_at(step), config.law_at(step)
+    eased = keeper.easing.factor if keeper else 1.0
+    strength, law = eased * config.strength_at(step), config.law_at(step)
     passes = config.passes_at(step)
     if passes == 0:
         return StepRecord(finite(nominal(), "nominal loss", step), None, ())

@@ -19,6 +19,7 @@ from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
 from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
+from trap2.protecting.easing import Easing
 from trap2.protecting.guard import Guard
 from trap2.protecting.joint import Joint, Trap, joint_step
 from trap2.protecting.keeping import Keeper
@@ -108,7 +109,7 @@ class _ProtectedMixin:
         self._agreement = Agreement(self.trap2)
         guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
         cap = Cap(self.model, self.trap2.cap)
-        self._keeper = Keeper(self.model, cap, guard, self.trap2.one_pass)
+        self._keeper = Keeper(self.model, cap, guard, Easing(self.trap2.ease), self.trap2.one_pass)
         self.surrogates = Surrogates.of(self.trap2, self.update)
         if self.trap2.one_pass and not self._plain:
             raise Unsupported(
@@ -145,6 +146,8 @@ class _ProtectedMixin:
         else:
             loss = self._one_by_one(run, model, inputs, passes, fewest)
         assert self.last is not None
+        nominal, device = self.last.nominal, self.update.device
+        self._keeper.easing.note(self.state.global_step, nominal, device)
         self._records.append(self.last)
         return loss
 
@@ -339,14 +342,16 @@ class _ProtectedMixin:
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the random streams, keep what the read-out adversary remembers."""
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        kept = self.objective.memory.state_dict()
+        kept = {**self.objective.memory.state_dict(), **self._keeper.easing.state_dict()}
         if kept:
             save_file(kept, self._memory_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
         if checkpoint is not None and self._memory_file(checkpoint).is_file():
-            self.objective.memory.load_state_dict(load_file(self._memory_file(checkpoint)))
+            kept = load_file(self._memory_file(checkpoint))
+            self.objective.memory.load_state_dict(kept)
+            self._keeper.easing.load_state_dict(kept)
 
     def _memory_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"trap2_memory_{self.args.process_index}.safetensors"
@@ -365,6 +370,7 @@ class _ProtectedMixin:
         if drawn:
             logs["trap2/scale"] = drawn[-1].scales[-1]
             logs["trap2/strength"] = self.trap2.strength_at(self.state.global_step - 1)
+            logs["trap2/eased"] = self._keeper.easing.factor
             logs["trap2/dropped"] = sum(record.dropped for record in drawn)
         pressures = [record.pressure for record in drawn if record.pressure]
         if pressures:
