@@ -39,11 +39,12 @@ def one_process(name: str, folder: Path) -> dict[str, Tensor]:
         return script.trained(script.with_trainer(folder))
     settings = script.ADAPTERS.get(name.split()[-1], {})
     model = llama() if name in ("fsdp", "fsdp kept") else script.moved(lora(**settings))
-    script.loop(model, micro=2 if name == "ddp 2" else 1)
+    config = script.SPARING if name == "ddp spared" else script.CONFIG
+    script.loop(model, config, micro=2 if name == "ddp 2" else 1)
     return script.trained(model)
 
 
-PLACES = ["trainer", "ddp 1", "ddp 2", "fsdp lora", "fsdp", "fsdp kept"]
+PLACES = ["trainer", "ddp 1", "ddp 2", "ddp spared", "fsdp lora", "fsdp", "fsdp kept"]
 HOOKED = ["ddp dora", "ddp pissa", "fsdp dora", "fsdp pissa"]
 
 

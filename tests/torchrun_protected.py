@@ -32,6 +32,7 @@ from trap2.protecting.wrappers import local
 
 CONFIG = Trap2Config(strength=0.5, readout_weight=0.0, fraction=1.0, cap=0.0, warmup=0, ramp=0)
 TWO_SCALES = Trap2Config(**{**vars(CONFIG), "scales_per_step": 2})
+SPARING = Trap2Config(**{**vars(CONFIG), "spare": 0.5})
 STEPS = 3
 ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -155,6 +156,9 @@ def main(folder: Path) -> None:
         loop(model)
         results[name] = trained(model)
     wrapped = DistributedDataParallel(moved(lora()))
+    spared = DistributedDataParallel(moved(lora()))
+    loop(spared, SPARING)
+    results["ddp spared"] = trained(spared)
     facts["dropped"] = loop(wrapped, forward=broken_on_the_second).dropped
     results["dropped"] = trained(wrapped)
     facts["eased"] = eased(rank)

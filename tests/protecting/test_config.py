@@ -38,6 +38,9 @@ def test_a_script_reads_the_settings_beside_the_trainers_own() -> None:
         ({"strength": math.nan}, "must be finite and 0 or more"),
         ({"strength": math.inf}, "must be finite and 0 or more"),
         ({"readout_weight": -1.0}, "must be finite and 0 or more"),
+        ({"ease": 1.0}, "must be 0 or greater than 1"),
+        ({"ease": math.inf}, "must be 0 or greater than 1"),
+        ({"spare": 1.0}, r"must lie in \[0, 1\)"),
         ({"fraction": 0.0}, r"must lie in \(0, 1\]"),
         ({"fraction": 1.1}, r"must lie in \(0, 1\]"),
         ({"min_rows": 0}, "must be 1 or more"),
@@ -112,7 +115,7 @@ def test_the_default_has_a_capped_trap_on_a_fifth_of_the_rows() -> None:
         1,
     ]
     every = Trap2Config.preset("all_rows")
-    assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0)
+    assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0, ease=0.0)
 
 
 def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:

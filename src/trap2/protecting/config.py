@@ -65,6 +65,9 @@ class Trap2Config:
     ease: float = _setting(
         1.5, "rise of the mean task loss, a factor, from which on the trap is halved; 0: never"
     )
+    spare: float = _setting(
+        0.0, "share of the trained tensors, from the input on, that the trap leaves to the task"
+    )
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")
     band: float = _setting(0.1, "half-width around scale 1 where no trap is trained")
@@ -103,6 +106,7 @@ class Trap2Config:
                 self.ease == 0 or 1 < self.ease < math.inf,
                 "must be 0 or greater than 1",
             ),
+            "spare": (0 <= self.spare < 1, "must lie in [0, 1)"),
             "fraction": (0 < self.fraction <= 1, "must lie in (0, 1]"),
             "scales_per_step": (self.scales_per_step >= 1, "must be 1 or more"),
             "memory": (self.memory >= 0, "must be 0 or more"),

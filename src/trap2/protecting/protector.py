@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from trap2.errors import UserError
 from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
-from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
-from trap2.protecting.easing import Easing
-from trap2.protecting.guard import Guard
 from trap2.protecting.joint import Joint, Trap, joint_step
 from trap2.protecting.keeping import Keeper
 from trap2.protecting.losses import Outcome
@@ -91,11 +88,8 @@ class Protector:
         # A backward of the user's own may scale its losses.
         own = backward is not torch.Tensor.backward
         scaler = getattr(accelerator, "scaler", None)
-        guard = Guard(self.update.model, has_scaler=own or scaler is not None)
-        cap = Cap(self.update.model, self.config.cap)
-        self._keeper = Keeper(
-            self.update.model, cap, guard, Easing(self.config.ease), self.config.one_pass
-        )
+        has_scaler = own or scaler is not None
+        self._keeper = Keeper.of(self.update.model, self.config, has_scaler)
         self._joint = Joint(self.update.model, self.config) if self.config.one_pass else None
         self._surrogates = Surrogates.of(self.config, self.update)
         self._step, self._micro = 0, 0

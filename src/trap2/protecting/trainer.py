@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from trap2.errors import Unsupported
 from trap2.protecting.agreement import Agreement
 from trap2.protecting.batches import part_of
-from trap2.protecting.cap import Cap
 from trap2.protecting.config import Trap2Config
-from trap2.protecting.easing import Easing
-from trap2.protecting.guard import Guard
 from trap2.protecting.joint import Joint, Trap, joint_step
 from trap2.protecting.keeping import Keeper
 from trap2.protecting.losses import Outcome
@@ -107,9 +104,7 @@ class _ProtectedMixin:
         self.objective = TrapObjective(self.trap2)
         self.last: StepRecord | None = None
         self._agreement = Agreement(self.trap2)
-        guard = Guard(self.model, has_scaler=self.accelerator.scaler is not None)
-        cap = Cap(self.model, self.trap2.cap)
-        self._keeper = Keeper(self.model, cap, guard, Easing(self.trap2.ease), self.trap2.one_pass)
+        self._keeper = Keeper.of(self.model, self.trap2, self.accelerator.scaler is not None)
         self.surrogates = Surrogates.of(self.trap2, self.update)
         if self.trap2.one_pass and not self._plain:
             raise Unsupported(
