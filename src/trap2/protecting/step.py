@@ -71,9 +71,8 @@ def trap_step(
         TrainingStopped: A loss is NaN or infinite; the optimizer has not stepped.
     """
     replay = _replayer(update)  # the scaled pass sees the nominal pass's dropout masks
-    eased = keeper.easing.factor if keeper else 1.0
-    strength, law = eased * config.strength_at(step), config.law_at(step)
-    passes = config.passes_at(step)
+    strength = config.strength_at(step) * (keeper.easing.factor if keeper else 1.0)
+    law, passes = config.law_at(step), config.passes_at(step)
     if passes == 0:
         return StepRecord(finite(nominal(), "nominal loss", step), None, ())
     with keeper.listening() if keeper else nullcontext():
