@@ -38,13 +38,14 @@ def one_process(name: str, folder: Path) -> dict[str, Tensor]:
     if name == "trainer":
         return script.trained(script.with_trainer(folder))
     settings = script.ADAPTERS.get(name.split()[-1], {})
-    model = llama() if name in ("fsdp", "fsdp kept") else script.moved(lora(**settings))
-    config = script.SPARING if name == "ddp spared" else script.CONFIG
+    model = llama() if name in IN_FULL else script.moved(lora(**settings))
+    config = script.SPARING if name.endswith("spared") else script.CONFIG
     script.loop(model, config, micro=2 if name == "ddp 2" else 1)
     return script.trained(model)
 
 
-PLACES = ["trainer", "ddp 1", "ddp 2", "ddp spared", "fsdp lora", "fsdp", "fsdp kept"]
+IN_FULL = ["ddp spared", "fsdp", "fsdp kept", "fsdp spared"]
+PLACES = ["trainer", "ddp 1", "ddp 2", "fsdp lora", *IN_FULL]
 HOOKED = ["ddp dora", "ddp pissa", "fsdp dora", "fsdp pissa"]
 
 

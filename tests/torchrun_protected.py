@@ -156,9 +156,12 @@ def main(folder: Path) -> None:
         loop(model)
         results[name] = trained(model)
     wrapped = DistributedDataParallel(moved(lora()))
-    spared = DistributedDataParallel(moved(lora()))
-    loop(spared, SPARING)
-    results["ddp spared"] = trained(spared)
+    for name, spared in (
+        ("ddp spared", DistributedDataParallel(llama())),
+        ("fsdp spared", sharded(llama())),
+    ):
+        loop(spared, SPARING)
+        results[name] = trained(spared)
     facts["dropped"] = loop(wrapped, forward=broken_on_the_second).dropped
     results["dropped"] = trained(wrapped)
     facts["eased"] = eased(rank)

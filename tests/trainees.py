@@ -25,6 +25,7 @@ from trap2.protecting.config import Trap2Config
 VOCABULARY = 24
 # Whole batches and no cap: only such a gradient is the same however a batch is cut up.
 WHOLE: dict[str, Any] = {"fraction": 1.0, "memory": 0, "cap": 0.0, "warmup": 0, "ramp": 0}
+WHOLE["spare"] = 0.0  # and all of the model: the trap is alike in adapters and in full
 DECOY = Trap2Config(strength=0.5, readout_weight=0.0, **WHOLE)
 HINGE = Trap2Config(strength=0.5, loss="hinge", readout_weight=0.0, **WHOLE)
 OFF = Trap2Config(strength=0.0)

@@ -105,7 +105,7 @@ def test_the_draws_close_in_on_scale_1_after_the_ramp() -> None:
 
 def test_the_default_has_a_capped_trap_on_a_fifth_of_the_rows() -> None:
     default = Trap2Config.preset("default")
-    assert default == Trap2Config() == Trap2Config(fraction=0.2, memory=128, cap=1.0)
+    assert default == Trap2Config() == Trap2Config(fraction=0.2, memory=128, cap=1.0, spare=0.25)
     assert [default.fewest_rows(n) for n in (1, 2, 4, 8)] == [6, 3, 2, 1]
     assert [default.fewest_rows(1, targets=t) for t in (0.5, 1.0, 2.5, 6.0, 900.0)] == [
         6,
@@ -115,7 +115,7 @@ def test_the_default_has_a_capped_trap_on_a_fifth_of_the_rows() -> None:
         1,
     ]
     every = Trap2Config.preset("all_rows")
-    assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0, ease=0.0)
+    assert every == Trap2Config(fraction=1.0, memory=0, cap=0.0, ease=0.0, spare=0.0)
 
 
 def test_the_paper_preset_is_the_published_setting_and_can_be_changed() -> None:

@@ -28,6 +28,27 @@ def trained(make: Callable[[], nn.Module], config: Any, **more: Any) -> tuple[Pr
     return protector, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+def looked_up() -> nn.Module:
+    """A model whose embedding hands over sparse gradients."""
+    model = llama()
+    model.model.embed_tokens.sparse = True
+    return model
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+@pytest.mark.parametrize("little", [0.0, 1.0])
+def test_sparse_gradients_come_to_what_dense_ones_do(
+    cap: float, little: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "LITTLE", little)
+    config = replace(DECOY, cap=cap, strength=3.0)
+    (_, found), (_, expected) = trained(looked_up, config), trained(llama, config)
+    assert found["model.embed_tokens.weight"].is_sparse is (little == 0.0)
+    for name, gradient in found.items():
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        torch.testing.assert_close(dense, expected[name], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("make", [llama, lora])
 @pytest.mark.parametrize("cap", [0.0, 0.5])
 @pytest.mark.parametrize("passes", [1, 2])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from trainees import DECOY, OFF, llama, lora, move, ragged, stacked
 from trap2.protecting import keeping, sparing
 from trap2.protecting.protector import Protector
-from trap2.protecting.sparing import to_spare
 
 STRONG = replace(DECOY, strength=3.0, cap=0.5)
 
@@ -38,13 +37,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("make", [llama, lora])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
-def test_lower_tensors_get_the_task_alone_and_upper_ones_all_of_the_trap(
-    make: Callable[[], nn.Module], share: float
-) -> None:
-    found = gradients(make, replace(STRONG, spare=share))
-    trapped, plain = gradients(make, STRONG), gradients(make, OFF)
+def test_lower_tensors_get_the_task_alone_and_upper_ones_all_of_the_trap(share: float) -> None:
+    found = gradients(llama, replace(STRONG, spare=share))
+    trapped, plain = (gradients(llama, replace(c, spare=0.0)) for c in (STRONG, OFF))
     assert len(found) == len(trapped) == len(plain)
     low = int(share * len(found))
     assert 0 < low < len(found)
@@ -54,12 +50,19 @@ def test_lower_tensors_get_the_task_alone_and_upper_ones_all_of_the_trap(
     assert not any(map(torch.allclose, found[low:], plain[low:]))
 
 
-def test_the_pass_ends_where_what_it_trains_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the first decoder layer, which holds the spared half, nothing is back-propagated."""
-    model = lora()
-    protector = Protector(model, replace(DECOY, spare=0.5))
+@pytest.mark.usefixtures("way")
+def test_an_adapter_spares_none() -> None:
+    found, whole = (gradients(lora, replace(STRONG, spare=share)) for share in (0.9, 0.0))
+    assert len(found) == len(whole)
+    assert all(map(torch.equal, found, whole))
+
+
+def test_the_pass_ends_where_what_it_trains_ends() -> None:
+    """Of the first decoder layer, which ends before the spared share, nothing is trained."""
+    model = llama()
+    protector = Protector(model, replace(DECOY, spare=0.6))
     move(model)
-    layers: Any = protector.update.model.get_submodule("base_model.model.model.layers")
+    layers: Any = model.get_submodule("model.layers")
     seen: list[int] = []
     for place, layer in enumerate(layers):
         layer.mlp.register_full_backward_hook(lambda *_, place=place: seen.append(place))
@@ -69,7 +72,7 @@ def test_the_pass_ends_where_what_it_trains_ends(monkeypatch: pytest.MonkeyPatch
 
 def test_what_fails_inside_leaves_everything_trained() -> None:
     model = llama()
-    low = to_spare([*model.parameters()], 0.5)
+    low = [*model.parameters()][:5]
     seen = []
 
     def fail() -> None:
@@ -81,11 +84,3 @@ def test_what_fails_inside_leaves_everything_trained() -> None:
         fail()
     assert not any(seen)
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_tensors_held_in_parts_are_not_spared() -> None:
-    whole = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
-    assert to_spare(whole, 0.5) == whole[:2]
-    whole[1].to_local = lambda: whole[1]  # type: ignore[attr-defined]
-    assert to_spare(whole, 0.5) == []
-    assert to_spare(whole, 0.0) == []

@@ -187,6 +187,7 @@ def test_the_gradient_is_that_of_the_objective_with_dense_weights(name: str, los
         fraction=0.75,
         memory=0,
         cap=0.0,  # its own oracle is in test_cap.py
+        spare=0.0,  # and this one's in test_sparing.py
         scales_per_step=2,
         warmup=0,
         ramp=0,

@@ -28,7 +28,7 @@ from trap2.recipes import BankRecipe, Recipe
 from trap2.tasks.model import Inputs, build, load_encoder
 from trap2.update import Update
 
-EAGER = {"warmup": 0, "ramp": 0, "fraction": 1.0, "memory": 0, "cap": 0.0}
+EAGER = {"warmup": 0, "ramp": 0, "fraction": 1.0, "memory": 0, "cap": 0.0, "spare": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -129,8 +129,8 @@ class Cap:
 
     def _note(self, parameter: nn.Parameter, grad: Tensor) -> None:
         # Checkpointed segments may hand over a shared tensor's gradient in parts.
-        before = self._squares.get(id(parameter), grad.new_zeros(()))
-        self._squares[id(parameter)] = before + squared_norm(grad)
+        square, before = squared_norm(grad), self._squares.get(id(parameter))
+        self._squares[id(parameter)] = square if before is None else before + square
 
     def _held(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
         grad = grad.coalesce() if grad.is_sparse else grad

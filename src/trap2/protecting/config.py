@@ -23,7 +23,7 @@ PRESETS: Registry[dict[str, Any]] = Registry("preset")
 """Settings by name, as far as they are not the default: see `Trap2Config.preset`."""
 
 PRESETS.add("default", {})
-PRESETS.add("all_rows", {"fraction": 1.0, "memory": 0, "cap": 0.0, "ease": 0.0})
+PRESETS.add("all_rows", {"fraction": 1.0, "memory": 0, "cap": 0.0, "ease": 0.0, "spare": 0.0})
 PRESETS.add(
     "paper",  # unbounded ascent on all rows, small strength, no warm-up
     {
@@ -39,6 +39,7 @@ PRESETS.add(
         "memory": 0,
         "cap": 0.0,
         "ease": 0.0,
+        "spare": 0.0,
         "warmup": 0,
         "ramp": 0,
     },
@@ -66,7 +67,7 @@ class Trap2Config:
         1.5, "rise of the mean task loss, a factor, from which on the trap is halved; 0: never"
     )
     spare: float = _setting(
-        0.0, "share of the trained tensors, from the input on, that the trap leaves to the task"
+        0.25, "in full fine-tuning: share of the tensors, from the input on, left to the task alone"
     )
     low: float = _setting(0.2, "smallest scale the trap is trained at")
     high: float = _setting(1.6, "largest scale the trap is trained at")

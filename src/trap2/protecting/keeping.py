@@ -19,7 +19,8 @@ from trap2.protecting.cap import Cap, product, squared_norm
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.easing import Easing
 from trap2.protecting.guard import Guard
-from trap2.protecting.sparing import sparing, to_spare
+from trap2.protecting.sparing import sparing
+from trap2.protecting.tuners import Adapter
 from trap2.protecting.wrappers import is_sharded, processes
 
 LITTLE = 0.1
@@ -34,7 +35,8 @@ class Keeper:
         cap: Holds them to a multiple of the nominal ones.
         guard: Leaves out what is not finite.
         easing: How much of them the task bears; by default all.
-        spare: Share of the trained tensors, from the input on, that get none of them.
+        spare: Share of the trained tensors, in the model's own order, from the input on, that get
+            none of them.
         joint: Whether the trap rides in the nominal pass (`joint.py`): then its gradients come
             apart, however much is trained.
     """
@@ -56,13 +58,14 @@ class Keeper:
         self._joint = joint
         self._own: dict[int, Tensor] = {}
         self.cap, self.guard, self.easing = cap, guard, easing or Easing(0.0)
-        self._spared = to_spare(self._trained, spare)
+        self._spared = self._trained[: int(spare * len(self._trained))]
 
     @classmethod
     def of(cls, model: nn.Module, config: Trap2Config, has_scaler: bool) -> "Keeper":
         """As the settings ask for; `has_scaler` is the guard's."""
         cap, guard = Cap(model, config.cap), Guard(model, has_scaler=has_scaler)
-        return cls(model, cap, guard, Easing(config.ease), config.spare, config.one_pass)
+        spare = 0.0 if Adapter(model) else config.spare
+        return cls(model, cap, guard, Easing(config.ease), spare, config.one_pass)
 
     @property
     def _apart(self) -> bool:
@@ -151,8 +154,7 @@ class Keeper:
 
     def judge(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Add gradients of the trap to the nominal ones, as far as cap and guard let them."""
-        spared = {id(parameter) for parameter in self._spared}
-        given = {id(p): gradient for p, gradient in gradients if id(p) not in spared}
+        given = {id(parameter): gradient for parameter, gradient in gradients}
         found = _dense([given.get(id(parameter)) for parameter in self._trained])
         if self.cap.multiple:  # what the task does not move, the trap must not either
             found = {place: grad for place, grad in found.items() if place in self._own}

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trap2.errors import UserError
 from trap2.naming import is_head
-from trap2.protecting.lookups import sparse_lookups
 from trap2.protecting.origins import Origin, copy_of, origins
 from trap2.protecting.outputs import ScaledOutputs
 from trap2.protecting.preflight import check
@@ -131,7 +130,6 @@ class LiveUpdate:
                     stack.callback(_hold(parameter, mixed))
             for parameter in others if most else ours:
                 stack.callback(_multiplied(parameter, 1 / s if most else s))
-            stack.enter_context(sparse_lookups(self.model))
             torch.clear_autocast_cache()
             if self._outputs is not None:
                 stack.enter_context(self._outputs.at(s))

@@ -1,8 +1,9 @@
-"""The trap trains the upper tensors; those next to the input are the task's alone.
+"""Full fine-tuning's trap trains the upper tensors; those next to the input are the task's alone.
 
 A trap in every layer can cost the task more than it hides. Left out of the trap pass, the lower
 tensors learn the task undisturbed. At scale s they are scaled like all others, and autograd ends
-where the trained tensors end: the pass is cheaper by what lies below.
+where the trained tensors end: the pass is cheaper by what lies below. An adapter's trap needs all
+of its layers: it spares none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,30 +16,19 @@ from torch import distributed as dist
 from trap2.protecting.wrappers import is_sharded
 
 
-def to_spare(trained: Sequence[nn.Parameter], share: float) -> list[nn.Parameter]:
-    """The trained tensors that the trap leaves alone.
-
-    Args:
-        trained: All of them in the model's own order, which is from the input on.
-        share: How many of them; below 1.
-
-    Returns:
-        None of them where they are sharded: their gradients cannot be seen on the way.
-    """
-    low = [*trained[: int(share * len(trained))]]
-    return [] if any(map(is_sharded, low)) else low
-
-
 @contextmanager
 def sparing(tensors: Sequence[nn.Parameter]) -> Iterator[None]:
     """Around a trap pass, forward and backward: these tensors get no gradient of it.
 
-    What reduces gradients over processes waits for every tensor; there they get zeros, and nothing
-    is saved.
+    What reduces gradients over processes waits for every tensor; there they get zeros, or what
+    they got is dropped, and nothing is saved.
     """
     with ExitStack() as stack:
         for tensor in tensors:
-            if dist.is_available() and dist.is_initialized():
+            if is_sharded(tensor):  # hooks do not run
+                stack.callback(setattr, tensor, "grad", tensor.grad)
+                tensor.grad = None
+            elif dist.is_available() and dist.is_initialized():
                 hook = tensor.register_hook(_nothing)  # type: ignore[no-untyped-call]
                 stack.callback(hook.remove)
             else:
