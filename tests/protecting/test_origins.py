@@ -24,13 +24,15 @@ def base(tmp_path: Path) -> Path:
     return pico.save_base(tmp_path / "base")
 
 
-def classifier(base: Path) -> BertForSequenceClassification:
+def classifier(base: Path, **how: object) -> BertForSequenceClassification:
     torch.manual_seed(1)
-    return BertForSequenceClassification.from_pretrained(base, num_labels=3).train()
+    return BertForSequenceClassification.from_pretrained(base, num_labels=3, **how).train()
 
 
-def trained(base: Path, **settings: object) -> dict[str, Tensor]:
-    model = classifier(base)
+def trained(
+    base: Path, *, dtype: torch.dtype | None = None, **settings: object
+) -> dict[str, Tensor]:
+    model = classifier(base, dtype=dtype)
     protector = Protector(model, Trap2Config(**TRAP, **settings))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(2)
@@ -60,9 +62,29 @@ def test_training_is_bit_for_bit_that_with_copies(base):
 
 def test_what_the_files_hold_is_not_held_twice(base):
     model = classifier(base)
-    encoder = sum(p.nbytes for n, p in model.named_parameters() if "classifier" not in n)
-    assert kept(model, "") == encoder
+    encoder = [p for n, p in model.named_parameters() if "classifier" not in n]
+    whole = sum(p.nbytes for p in encoder if p.dim() > 1)
+    vectors = sum(p.nbytes for p in encoder if p.dim() == 1)  # ones and zeros: half holds them
+    assert kept(model, "") == whole + vectors // 2
     assert kept(model, str(base)) == 0
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_the_start_of_a_base_in_half_precision_is_kept_in_half(base, tmp_path, half):
+    folder = tmp_path / "half"
+    BertModel.from_pretrained(base, dtype=half).save_pretrained(folder)
+
+    model = classifier(folder, dtype=torch.float32)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    encoder = sum(p.nbytes for n, p in model.named_parameters() if "classifier" not in n)
+    assert kept(model, "") == encoder // 2
+    changed = model.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        changed[3, 2] += 1e-6  # no longer what half precision holds
+    assert kept(model, "") == encoder // 2 + changed.nbytes // 2
+    narrow = trained(folder, dtype=torch.float32)
+    files = trained(folder, dtype=torch.float32, base_files=str(folder))
+    assert all(torch.equal(narrow[name], files[name]) for name in narrow)
 
 
 def test_a_tensor_that_differs_is_copied(base):

@@ -1,7 +1,8 @@
 """Where trained parameters started: a copy in memory, or the base's own files.
 
-A copy takes as much memory as the parameters; files take time, in every trap pass. Only a tensor
-that a file holds bit for bit is read from there.
+A copy takes as much memory as the parameters, or half, where their values are those of a base in
+half precision; files take time, in every trap pass. Only a tensor that a file holds bit for bit is
+read from there.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +16,22 @@ from trap2.naming import align
 from trap2.protecting.wrappers import is_sharded, local
 
 Origin = Callable[[], Tensor]
-"""Gives the values, on the parameter's device and in its precision."""
+"""Gives the values, on the parameter's device, in its precision or in one that holds them too."""
 
 
 def copy_of(tensor: Tensor) -> Origin:
     """A copy of a tensor's values now; of a sharded one, of this process's part."""
-    kept = local(tensor).detach().clone()
+    kept = _narrowest(local(tensor).detach())
     return lambda: kept
+
+
+def _narrowest(values: Tensor) -> Tensor:
+    """A copy in half precision where that loses nothing."""
+    for dtype in (torch.bfloat16, torch.float16):
+        half = values.to(dtype)
+        if half.nbytes < values.nbytes and torch.equal(half.to(values.dtype), values):
+            return half
+    return values.clone()
 
 
 def origins(parameters: Sequence[tuple[str, Tensor]], folder: str) -> list[Origin]:

@@ -123,7 +123,9 @@ class LiveUpdate:
                     if item.origin is None:
                         torch.mul(value, s, out=scaled)
                     else:
-                        torch.lerp(item.origin(), value, s, out=scaled)
+                        start = item.origin()
+                        start = start if start.dtype == value.dtype else scaled.copy_(start)
+                        torch.lerp(start, value, s, out=scaled)
                     stack.callback(_hold(item.parameter, scaled))
                 for parameter, delta in added:
                     mixed = (parameter.to(delta.dtype) + delta).to(parameter.dtype)
