@@ -68,6 +68,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The default's schedule until its rows came from the whole batch. Its runs in the results had
     # the batch's first rows, as had those of all other settings that do not see every row.
     "late": {"warmup": 100, "ramp": 150, "closing": 250},
+    # Full fine-tuning's default until it left the lowest quarter of the tensors to the task.
+    "unspared": {"spare": 0.0},
     "uncapped": {"cap": 0.0},
     "all_rows": {"preset": "all_rows"},
     "paper": {"preset": "paper"},
