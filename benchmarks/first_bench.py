@@ -349,6 +349,11 @@ def _within(interval: list[float] | None) -> str:
     return f" ({low:.1f} to {high:.1f})"
 
 
+def _unset(section: dict[str, Any]) -> dict[str, Any]:
+    """A section without its precision, which each run names by itself: not all have the same."""
+    return {key: value for key, value in section.items() if key != "precision"}
+
+
 def write_results(out: Path, runs: dict[str, Any], bench: Bench, of: str) -> None:
     """The JSON and its table, whole or absent; the figures are of one method and setting."""
     seeds = sorted({int(key.split("/")[3]) for key in runs})
@@ -361,9 +366,9 @@ def write_results(out: Path, runs: dict[str, Any], bench: Bench, of: str) -> Non
         "machine": machine(),
         "versions": versions(),
         "seeds": seeds,
-        "training": bench.training,
+        "training": {method: _unset(section) for method, section in bench.training.items()},
         "setting": asdict(Trap2Config()),
-        "attacker": bench.attacker,
+        "attacker": _unset(bench.attacker),
         "runs": runs,
     }
     write_json(out, record)
