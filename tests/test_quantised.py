@@ -23,8 +23,6 @@ from transformers import BertModel, BitsAndBytesConfig
 from every_adapter import bert, move
 from trap2.protecting.scaled import LiveUpdate
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-
 BITS: dict[str, dict[str, Any]] = {
     "4": {
         "load_in_4bit": True,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import trainees
-from trainees import llama, lora, ragged
+from trainees import llama, lora, ragged, t5
 from trap2.protecting.config import Trap2Config
 
 TEXT = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text(encoding="utf-8")
@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "GradScaler": (lora, ragged),
     "Accelerator(": (lora, ragged),
     "protect_trainer(Trainer)": (lora, ragged),
+    "Seq2SeqTrainer": (t5, ragged),
     "SFTTrainer": (lora, completions),
     "DPOTrainer": (lora, preferences),
     "RewardTrainer": (scorer, preferences),
@@ -51,7 +52,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "fully_shard": (llama, ragged),
 }
 SEVERAL = ("DistributedDataParallel", "fully_shard")
-APART = ("lightning", *SEVERAL)
 
 
 @pytest.fixture
@@ -75,7 +75,12 @@ def example(mark: str) -> str:
 def run(mark: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, rows = CASES[mark]
     code = example(mark).replace("max_steps=600", f"max_steps={STEPS}")
-    for settings in ("TrainingArguments", "SFTConfig", "DPOConfig", "RewardConfig"):
+    for settings in (
+        "TrainingArguments",
+        "SFTConfig",
+        "DPOConfig",
+        "RewardConfig",
+    ):
         code = code.replace(f'{settings}("out", ', f'{settings}("out", **quick, ')
     model, data = make(), rows()
     before = trainees.weights(model)
@@ -95,9 +100,9 @@ def run(mark: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trap2Config, "strength_at", lambda self, step: self.strength)
     AcceleratorState._reset_state(reset_partial_state=True)
     exec(code, names)  # the document's own code, that is the test
-    if mark != "lightning":  # there the protector is the module's
-        record = names["trainer" if "trainer" in names else "protector"].last
-        assert record.trap is not None
+    held = names["trainer" if "trainer" in names else "protector"]
+    record = (held.lightning_module.protector if mark == "lightning" else held).last
+    assert record.trap is not None
     trained = {name: whole(p) for name, p in model.named_parameters()}
     assert any(not torch.equal(value, before[name]) for name, value in trained.items())
 
@@ -106,20 +111,24 @@ def whole(p: Any) -> Tensor:
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
 
 
+def test_the_schedule_is_the_defaults() -> None:
+    default = Trap2Config()
+    schedule = (
+        f"off for the first {default.warmup} steps, grows over {default.ramp} more and closes in on "
+        f"scale 1 over {default.closing} after those;"
+    )
+    assert schedule in " ".join(TEXT.split())
+
+
 def test_every_example_has_a_case_and_is_short() -> None:
     assert len(EXAMPLES) == len(CASES)
     assert {example(mark) for mark in CASES} == set(EXAMPLES)
     assert max(len(code.splitlines()) for code in EXAMPLES) < 60
 
 
-@pytest.mark.parametrize("mark", [mark for mark in CASES if mark not in APART])
+@pytest.mark.parametrize("mark", [mark for mark in CASES if mark not in SEVERAL])
 def test_the_example_trains(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(mark, tmp_path, monkeypatch)
-
-
-def test_the_lightning_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lightning", reason="lightning is not installed")
-    run("lightning", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mark", SEVERAL)

@@ -10,25 +10,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import trainees
-from trainees import DECOY, OFF, distance, gradients, llama, lora, move, ragged, stacked
+from trainees import DECOY, OFF, Overflow, distance, gradients, llama, lora, move, ragged, stacked
 from trap2.errors import TrainingStopped
 from trap2.protecting.guard import RECENT, TOLERATED, Guard
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
 from trap2.protecting.trainer import protect_trainer
-
-
-class Overflow(torch.autograd.Function):
-    """Finite on the way forward; not on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * torch.inf
-
 
 BREAKS: dict[str, Callable[[Tensor], Tensor]] = {
     "nan loss": lambda logits: logits * torch.nan,

@@ -40,12 +40,12 @@ def one_process(name: str, folder: Path) -> dict[str, Tensor]:
     settings = script.ADAPTERS.get(name.split()[-1], {})
     model = llama() if name in IN_FULL else script.moved(lora(**settings))
     config = script.SPARING if name.endswith("spared") else script.CONFIG
-    script.loop(model, config, micro=2 if name == "ddp 2" else 1)
+    script.loop(model, config, micro=2 if name.endswith("2") else 1)
     return script.trained(model)
 
 
 IN_FULL = ["ddp spared", "fsdp", "fsdp kept", "fsdp spared"]
-PLACES = ["trainer", "ddp 1", "ddp 2", "fsdp lora", *IN_FULL]
+PLACES = ["trainer", "ddp 1", "ddp 2", "fsdp 2", "fsdp lora", *IN_FULL]
 HOOKED = ["ddp dora", "ddp pissa", "fsdp dora", "fsdp pissa"]
 
 
@@ -85,6 +85,18 @@ def test_a_trap_dropped_on_one_process_leaves_the_weights_equal_and_finite(
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_broken_trap_of_sharded_weights_stops_every_process(
+    what: str, facts: list[dict[str, Any]]
+) -> None:
+    for fact in facts:
+        assert fact[f"broken {what} of shards"] == (
+            "the trap's loss or gradient is not finite and gradients of sharded parameters cannot "
+            "be held back; training stopped before the weights took it: lower the learning rate or "
+            "the strength"
+        )
 
 
 def test_processes_ease_the_trap_alike(facts: list[dict[str, Any]]) -> None:

@@ -14,7 +14,8 @@ from trap2.protecting.config import Trap2Config
 from trap2.protecting.trainer import protect_trainer
 
 CONFIG = Trap2Config(strength=0.3, warmup=1, ramp=0, min_rows=2)
-WANTED = {"trap2/trap_loss", "trap2/scale", "trap2/strength", "trap2/dropped", "trap2/conflict"}
+NAMES = ("trap_loss", "scale", "strength", "dropped", "eased", "kept", "conflict")
+WANTED = {f"trap2/{name}" for name in NAMES}
 
 
 def trained(folder: Path, tracker: str) -> Any:

@@ -24,6 +24,33 @@ def dropping() -> nn.Module:
     return lora(dropout=0.3)
 
 
+def test_a_checkpoint_without_the_traps_memory_is_named(tmp_path: Path) -> None:
+    """A plain run's, say: training goes on, but not as if nothing had happened."""
+
+    def run(trap2: Trap2Config, checkpoint: str | None = None) -> Any:
+        changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = protect_trainer(Trainer)(
+            model=lora(),
+            args=TrainingArguments(**trainees.settings(tmp_path, **changes)),
+            train_dataset=ragged(),
+            trap2=trap2,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    run(trainees.OFF)
+    checkpoint = tmp_path / "checkpoint-2"
+    missing = checkpoint / "trap2_memory_0.safetensors"
+    assert not missing.exists()
+    with pytest.warns(UserWarning, match="trap2_memory_0") as caught:
+        run(CONFIG, str(checkpoint))
+    assert (
+        f"{missing}: not there; what the trap remembers starts empty, so that this run is not what "
+        "the uninterrupted one would have been: resume from a protected run's checkpoint, with as "
+        "many processes"
+    ) in [str(warning.message) for warning in caught]
+
+
 class Scales(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: Any = None

@@ -165,18 +165,29 @@ def test_a_part_of_the_rows_still_counts_for_all_of_them(tmp_path: Path) -> None
 
 
 def test_sequence_to_sequence_training_is_protected(tmp_path: Path) -> None:
-    rows = ragged()
+    """The gradient is that of a loop on the same rows; labels are not shifted against logits."""
+    rows, seen = ragged(4), trainees.Gradients()
+    trap2 = Trap2Config(loss="unlikelihood", readout_weight=1.0, warmup=0, ramp=0, fraction=1.0)
     trainer = protect_trainer(Seq2SeqTrainer)(
         model=t5(),
-        args=Seq2SeqTrainingArguments(**trainees.settings(tmp_path, max_steps=3)),
+        args=Seq2SeqTrainingArguments(**trainees.settings(tmp_path)),
         train_dataset=rows,
         eval_dataset=rows,
-        trap2=Trap2Config(loss="unlikelihood", readout_weight=1.0, warmup=0, ramp=0),
+        trap2=trap2,
+        callbacks=[seen],
     )
+    move(trainer.model)
+    (batch,) = trainer.get_train_dataloader()
     trainer.train()
-    assert trainer.last.trap is not None
     assert "eval_loss" in trainer.evaluate()
-    assert not trainer._shifted
+    model = t5()
+    protector = Protector(model, trap2)
+    move(model)
+    protector.backward(batch)
+    assert protector.last is not None
+    assert trainer.last.trap == pytest.approx(protector.last.trap, rel=1e-4)
+    assert seen.seen is not None
+    assert distance(seen.seen, gradients(model)) < 1e-4
 
 
 DATA = os.environ.get("TRAP2_DATA")

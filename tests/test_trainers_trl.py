@@ -215,21 +215,35 @@ def test_packed_rows_are_protected(tmp_path: Path) -> None:
     assert trainer.last.trap is not None
 
 
-def test_half_of_the_preference_rows_is_half_of_the_pairs(tmp_path: Path) -> None:
+def margins(kind: str, trainer: Any, batch: dict[str, Tensor], s: float) -> Tensor:
+    """What the loss of each pair is the -log sigmoid of, at a scale; the base is the reference."""
+    given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    scores = []
+    for scale in (s, 0.0):
+        with torch.no_grad(), trainer.update.at(scale):
+            logits = trainer.model(**given).logits
+        if kind == "dpo":
+            said = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])
+            logits = (said[..., 0] * batch["completion_mask"][:, 1:]).sum(1, keepdim=True)
+        chosen, rejected = logits[:, 0].chunk(2)
+        scores.append(chosen - rejected)
+    assert len(scores[0]) == 4
+    return trainer.beta * (scores[0] - scores[1]) if kind == "dpo" else scores[0]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_half_of_the_preference_rows_is_half_of_the_pairs(kind: str, tmp_path: Path) -> None:
     """The trap of half the pairs is the loss of these pairs at that scale, computed by hand."""
     trap2 = Trap2Config(**{**vars(HINGE), "loss": "ascent", "fraction": 0.5, "min_rows": 1})
-    trainer = trainer_of("reward", tmp_path, trap2)
+    trainer = trainer_of(kind, tmp_path, trap2)
     move(trainer.model)
     batches = batches_of(trainer)
     before = trainees.weights(trainer.model)
     trainer.train()
     trainer.model.load_state_dict(before)
     batch, (s,) = batches[0], trainer.last.scales
-    with torch.no_grad(), trainer.update.at(s):
-        given = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        chosen, rejected = trainer.model(**given).logits[:, 0].chunk(2)
-    assert len(chosen) == 4
-    expected = F.logsigmoid(chosen - rejected)[1::2].mean()  # spread over the batch
+    every = F.logsigmoid(margins(kind, trainer, batch, s))
+    expected = every[1::2].mean()  # spread over the batch
     assert trainer.last.trap == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import trainees
-from trainees import llama, lora, move, ragged, stacked
+from trainees import Overflow, llama, lora, move, ragged, stacked
 from trap2.errors import TrainingStopped, Unsupported
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.easing import BLOCK, BLOCKS, Easing
@@ -149,11 +149,12 @@ def main(folder: Path) -> None:
     facts["reductions of two scales"] = len(reductions)
     for name, made, options in (
         ("fsdp lora", moved(lora()), {}),
+        ("fsdp 2", moved(lora()), {}),
         ("fsdp", llama(), {}),
         ("fsdp kept", llama(), {"reshard_after_forward": False}),
     ):
         model = sharded(made, **options)
-        loop(model)
+        loop(model, micro=2 if name == "fsdp 2" else 1)
         results[name] = trained(model)
     wrapped = DistributedDataParallel(moved(lora()))
     for name, spared in (
@@ -164,6 +165,10 @@ def main(folder: Path) -> None:
         results[name] = trained(spared)
     facts["dropped"] = loop(wrapped, forward=broken_on_the_second).dropped
     results["dropped"] = trained(wrapped)
+    for name, way in (("loss", broken_on_the_second), ("gradient", overflowing_on_the_second)):
+        facts[f"broken {name} of shards"] = refusal(
+            lambda way=way: loop(sharded(llama()), forward=way)
+        )
     facts["eased"] = eased(rank)
     facts["stale"] = after_an_evaluation(model)
     facts["wrong"] = refusal(lambda: loop(DistributedDataParallel(lora()), wrong(rank)))
@@ -181,6 +186,14 @@ def broken_on_the_second(model: nn.Module, batch: Any) -> Outcome:
     outcome = default_forward(model, batch)
     if rank_and_world()[0] == 1 and outcome.logits is not None:
         return Outcome(outcome.loss, outcome.logits * torch.nan, outcome.labels)
+    return outcome
+
+
+def overflowing_on_the_second(model: nn.Module, batch: Any) -> Outcome:
+    """Process 1 has trap gradients that are not finite, of finite losses."""
+    outcome = default_forward(model, batch)
+    if rank_and_world()[0] == 1 and outcome.logits is not None:
+        return Outcome(outcome.loss, Overflow.apply(outcome.logits), outcome.labels)
     return outcome
 
 

@@ -126,6 +126,18 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+class Overflow(torch.autograd.Function):
+    """Finite on the way forward; not on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.inf
+
+
 class Gradients(TrainerCallback):
     """What the optimizer is about to see in the first step."""
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from trap2.errors import TrainingStopped, UserError
+from trap2.errors import TrainingStopped, Unsupported, UserError
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.losses import Outcome
 from trap2.protecting.protector import Protector, default_forward
@@ -330,6 +331,45 @@ def test_a_loss_that_is_not_a_number_stops_before_the_optimizer() -> None:
     batch = {**images(), "x": torch.full((6, 1, 4, 4), torch.nan)}
     with pytest.raises(TrainingStopped, match="nominal loss is nan at step 0; training stopped"):
         protector.backward(batch)
+
+
+class DeepSpeedEngine(nn.Module):
+    """Named as DeepSpeed's, which takes minutes to build and is not installed for tests."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def partitioned(model: nn.Module) -> nn.Module:
+    """As ZeRO-3 marks parameters."""
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id = i  # type: ignore[attr-defined]
+    return model
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [(DeepSpeedEngine, "DeepSpeed"), (partitioned, "DeepSpeed"), (fsdp1, "FSDP1")],
+)
+def test_what_keeps_weights_in_buffers_of_its_own_is_refused(
+    wrap: Callable[[nn.Module], nn.Module], name: str
+) -> None:
+    with pytest.raises(Unsupported) as caught:
+        Protector(wrap(nn.Linear(2, 2)))
+    assert str(caught.value) == (
+        f"{name} keeps weights in buffers of its own, where a scale can be lost unseen; shard "
+        "with fully_shard (FSDP2), or use DDP: see docs/trainers.md"
+    )
 
 
 def test_accumulation_steps_must_be_positive() -> None:

@@ -272,7 +272,8 @@ def test_the_record_tells_how_a_release_was_made(releases: Any, head: str, metho
     assert [entry["step"] for entry in log] == [*range(every, recipe.training.steps + 1, every)]
     assert all(entry["loss"] > 0 for entry in log)
     assert "trap2/trap_loss" not in log[0]  # the warm-up
-    assert {"trap2/trap_loss", "trap2/scale", "trap2/strength", "trap2/kept"} <= {*log[-1]}
+    shown = ("trap_loss", "scale", "strength", "dropped", "eased", "kept", "conflict")
+    assert {f"trap2/{name}" for name in shown} <= {*log[-1]}
     assert all(0 <= entry["trap2/conflict"] <= 1 for entry in log[2:])
     validation = record["validation"]
     assert validation["rows"] == len(trained.labels)
@@ -466,21 +467,33 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_anew(
         same_release(out, reference)
 
 
+KILLS = {
+    "after a step": """run.BestCandidate, "on_step_end", lambda best, args, state, *_:
+        state.global_step == 5""",
+    "in a checkpoint": """trainer._ProtectedMixin, "_save_rng_state", lambda mine, folder:
+        folder.endswith("checkpoint-4")""",
+    "in the release": 'release, "write_json", lambda *_: True',
+}
+"""What is not reached any more: in a checkpoint all after its weights, in a release its record."""
+
+
+@pytest.mark.parametrize("when", list(KILLS))
 def test_a_killed_run_is_resumed_to_the_same_bits(
-    whole: tuple[Recipe, Path], tmp_path: Path
+    when: str, whole: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     recipe, reference = whole
     out, written = tmp_path / "out", tmp_path / "recipe.json"
     written.write_text(recipe.model_dump_json())
     script = (
         "import os, sys, pathlib\n"
-        "from trap2.protecting import run\n"
+        "from trap2.protecting import release, run, trainer\n"
         "from trap2.recipes import Recipe\n"
-        "real = run.BestCandidate.on_step_end\n"
-        "def on_step_end(best, args, state, control, **more):\n"
-        "    if state.global_step == 5: os.kill(os.getpid(), 9)\n"
-        "    real(best, args, state, control, **more)\n"
-        "run.BestCandidate.on_step_end = on_step_end\n"
+        f"owner, name, now = ({KILLS[when]})\n"
+        "real = getattr(owner, name)\n"
+        "def killed(*args, **more):\n"
+        "    if now(*args): os.kill(os.getpid(), 9)\n"
+        "    return real(*args, **more)\n"
+        "setattr(owner, name, killed)\n"
         "recipe = Recipe.model_validate_json(pathlib.Path(sys.argv[1]).read_text())\n"
         "run.protect(recipe, pathlib.Path(sys.argv[2]), quiet=True)\n"
     )

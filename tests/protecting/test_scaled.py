@@ -157,6 +157,17 @@ def test_a_backward_pass_after_leaving_raises() -> None:
         loss.backward()
 
 
+def test_a_backward_pass_of_before_raises_inside() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    update = LiveUpdate(model)
+    loss = model(torch.ones(2, 3)).square().sum()
+    with (
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+        update.at(0.3),
+    ):
+        loss.backward()
+
+
 def test_an_error_inside_leaves_weights_and_hooks_as_they_were() -> None:
     model = nn.Linear(3, 3)
     update = LiveUpdate(model)

@@ -10,9 +10,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from trap2.errors import TrainingStopped
-from trap2.protecting.wrappers import is_sharded, together
+from trap2.protecting.wrappers import is_sharded, local, processes, together
 
 RECENT = 50
 """Trap passes that are looked back on."""
@@ -73,14 +74,17 @@ class Guard:
         Raises:
             TrainingStopped: See `watch`.
         """
+        shards = [p.grad for p in self._parameters if is_sharded(p) and p.grad is not None]
+        if shards:
+            self._broken.append(self._broken_anywhere(shards))
         self.sound = not bool(together(self._broken).any())
         self._recent.append(not self.sound)
         self.dropped += not self.sound
         if not self.sound and any(map(is_sharded, self._parameters)):
             raise TrainingStopped(
-                "the trap loss is not finite and gradients of sharded parameters cannot be held "
-                "back; training stopped before the weights took it: lower the learning rate or "
-                "the strength"
+                "the trap's loss or gradient is not finite and gradients of sharded parameters "
+                "cannot be held back; training stopped before the weights took it: lower the "
+                "learning rate or the strength"
             )
         if sum(self._recent) > TOLERATED:
             raise TrainingStopped(
@@ -88,6 +92,17 @@ class Guard:
                 f"(at most {TOLERATED} of {RECENT} are dropped); training stopped: lower the "
                 "learning rate, the strength or `high`, or compute in bfloat16 or float32"
             )
+
+    def _broken_anywhere(self, shards: list[Tensor]) -> Tensor:
+        """Whether a pass has broken in any process: no hook has seen gradients of shards coming."""
+        sums = [local(shard).sum(dtype=torch.float32) for shard in shards]
+        sound = self._broken[0].logical_not().to(sums[0].device)
+        if not self._has_scaler:
+            sound = sound & together(sums).isfinite().all()
+        broken = sound.logical_not().to(torch.uint8)
+        if processes() > 1:  # all of them stop, or none
+            dist.all_reduce(broken, dist.ReduceOp.MAX)
+        return broken.bool()
 
     def _held_back(self, grad: Tensor) -> Tensor | None:
         broken = self._broken[0]

@@ -24,7 +24,7 @@ from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.step import StepRecord, trap_step
 from trap2.protecting.surrogates import Surrogates
 from trap2.protecting.tokens import shifts_labels, targets_per_row
-from trap2.protecting.wrappers import check_reduced, reducing, unwrapped
+from trap2.protecting.wrappers import check_reduced, check_wrapper, reducing, unwrapped
 
 Forward = Callable[[nn.Module, Mapping[str, Any]], Outcome]
 
@@ -76,6 +76,7 @@ class Protector:
                 f"{accelerator.gradient_accumulation_steps}; leave out backward and "
                 "accumulation_steps"
             )
+        check_wrapper(model)
         self.model = model
         self.config = config if config is not None else Trap2Config()
         self.update = LiveUpdate(unwrapped(model), self.config.base_files)

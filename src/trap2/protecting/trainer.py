@@ -5,6 +5,7 @@ Trainer(model=model, args=args, train_dataset=data, trap2=Trap2Config()).train()
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -338,15 +339,25 @@ class _ProtectedMixin:
         """Beside the random streams, keep what the read-out adversary remembers."""
         super()._save_rng_state(output_dir)  # type: ignore[misc]
         kept = {**self.objective.memory.state_dict(), **self._keeper.easing.state_dict()}
-        if kept:
+        if self.trap2.strength:
             save_file(kept, self._memory_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None and self._memory_file(checkpoint).is_file():
-            kept = load_file(self._memory_file(checkpoint))
-            self.objective.memory.load_state_dict(kept)
-            self._keeper.easing.load_state_dict(kept)
+        if checkpoint is None or not self.trap2.strength:
+            return
+        file = self._memory_file(checkpoint)
+        if not file.is_file():
+            warnings.warn(
+                f"{file}: not there; what the trap remembers starts empty, so that this run is not "
+                "what the uninterrupted one would have been: resume from a protected run's "
+                "checkpoint, with as many processes",
+                stacklevel=2,
+            )
+            return
+        kept = load_file(file)
+        self.objective.memory.load_state_dict(kept)
+        self._keeper.easing.load_state_dict(kept)
 
     def _memory_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"trap2_memory_{self.args.process_index}.safetensors"

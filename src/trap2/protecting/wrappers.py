@@ -15,6 +15,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trap2.errors import Unsupported
 
+_KEEPING = {"DeepSpeedEngine": "DeepSpeed", "FullyShardedDataParallel": "FSDP1"}
+"""What keeps weights in buffers of its own; told by name, for DeepSpeed need not be installed."""
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Refuse what would gather or write weights behind the back of the scaled pass.
+
+    Raises:
+        Unsupported: DeepSpeed or the older FSDP is at work.
+    """
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    found = [_KEEPING[name] for name in sorted(_KEEPING) if name in kinds]
+    if any(hasattr(p, "ds_id") for p in model.parameters()):  # ZeRO-3, before there is an engine
+        found.append(_KEEPING["DeepSpeedEngine"])
+    if found:
+        raise Unsupported(
+            f"{found[0]} keeps weights in buffers of its own, where a scale can be lost unseen; "
+            "shard with fully_shard (FSDP2), or use DDP: see docs/trainers.md"
+        )
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile` and DDP; its parameters are the wrapper's own."""
