@@ -114,8 +114,8 @@ def whole(p: Any) -> Tensor:
 def test_the_schedule_is_the_defaults() -> None:
     default = Trap2Config()
     schedule = (
-        f"off for the first {default.warmup} steps, grows over {default.ramp} more and closes in on "
-        f"scale 1 over {default.closing} after those;"
+        f"off for the first {default.warmup} steps, grows over {default.ramp} more and closes in "
+        f"on scale 1 over {default.closing} after those;"
     )
     assert schedule in " ".join(TEXT.split())
 
