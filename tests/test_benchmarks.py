@@ -7,9 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from auditing.shelf import stock
 from trap2.attacks.attack import load_attacks
+from trap2.auditing.arena import Arena
+from trap2.recipes import AuditSpec
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -221,3 +224,28 @@ def test_a_setting_has_protected_at_the_fewest_steps_that_hold_within_a_point():
         "default_steps_tried_max": 600,
         "paper_0.1_steps_tried_max": 1200,
     }
+
+
+def test_handling_changes_what_it_says_and_nothing_else(pico_base):
+    """Rounding: linear layers alone, by less than a step; noise: what was trained alone."""
+    module = _loaded("handling")
+    content = stock(pico_base).audit("lora")
+    arena = Arena(AuditSpec.model_validate(content))
+    vector, base = dict(arena.members["release"].vector.items()), arena.base
+    ways = module.changes(arena).items()
+    made = {name: module.changed(arena, "release", change) for name, change in ways}
+    for name, weight in made["as released"].items():
+        expected = base.tensor(name) + vector.get(name, torch.zeros(()))
+        assert torch.equal(weight, expected)
+        assert torch.equal(made["bfloat16"][name], expected.bfloat16())
+        linear = name.endswith(("query.weight", "key.weight", "value.weight", "dense.weight"))
+        for way in ("int8", "NF4"):
+            assert torch.equal(made[way][name].float(), expected) != linear, name
+        for way in module.NOISE:
+            assert torch.equal(made[way][name], expected) != (name in vector), name
+    W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    for rounded, half_a_step in ((module._int8(W), 0.5 / 127), (module._nf4(W), 0.16)):
+        assert (rounded.float() - W).abs().max() <= 1.01 * half_a_step * W.abs().max()
+    merged = module.merged_by_peft(arena, arena.members["release"].update.folder)
+    for name, weight in made["as released"].items():
+        torch.testing.assert_close(merged[name], weight)
