@@ -215,12 +215,19 @@ def test_autocast_does_not_change_a_trap_loss(name: str) -> None:
 @pytest.mark.parametrize("name", ROW_LOSSES)
 @pytest.mark.parametrize(
     ("logits", "labels"),
-    [(None, torch.ones(2, dtype=torch.long)), (torch.ones(2, 2), None), (torch.ones(2, 1),) * 2],
+    [
+        (None, torch.ones(2, dtype=torch.long)),
+        (torch.ones(2, 2), None),
+        (torch.ones(2, 2), torch.ones(2)),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
+    ],
 )
 def test_models_without_class_probabilities_are_sent_to_hinge(
     name: str, logits: Tensor | None, labels: Tensor | None
 ) -> None:
-    with pytest.raises(UserError, match="needs logits and integer labels, the model gives none; "):
+    with pytest.raises(
+        UserError, match="logits and labels of the same rows, the model gives none; "
+    ):
         TRAP_LOSSES.get(name)(Outcome(torch.zeros(()), logits, labels))
     with pytest.raises(UserError, match="use loss=hinge"):
         TRAP_LOSSES.get(name)(Outcome(torch.zeros(()), logits, labels))

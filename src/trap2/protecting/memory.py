@@ -49,7 +49,7 @@ class RowMemory:
         """
         logits, labels = outcome.rows(READ)
         everything, answers = logits, labels
-        weights = torch.ones_like(labels, dtype=logits.dtype)
+        weights = logits.new_ones(len(labels))
         if self._rows is not None and len(labels) > 0:
             old, marks, scales = (kept.to(logits.device) for kept in self._rows)
             alike = torch.exp(-((scales - s) ** 2) / (2 * WIDTH**2)).to(logits.dtype)
@@ -68,7 +68,7 @@ class RowMemory:
             return
         sound = logits.isfinite().all(1)  # one bad pass must not spoil those that follow
         logits, labels = logits[sound], labels[sound]
-        scales = torch.full(labels.shape, s, dtype=logits.dtype, device=logits.device)
+        scales = logits.new_full((len(labels),), s)
         new = (logits, labels, scales)
         rows = new if self._rows is None else map(torch.cat, zip(self._rows, new, strict=True))
         first, second, third = (part[-self.capacity :].clone() for part in rows)

@@ -38,10 +38,12 @@ def target_count(batch: Mapping[str, Any], shifted: bool) -> int:
     """How many positions of a batch carry a target; rows, where labels are one a row.
 
     Args:
-        batch: With integer `labels`, (N,) or (N, T), or `shift_labels` (N, T).
+        batch: With integer `labels`, (N,) or (N, T), or `shift_labels` (N, T); or real-valued ones.
         shifted: Whether the model shifts token labels itself: the first one is then no target.
     """
     labels: Tensor = batch["labels"]
+    if labels.is_floating_point():  # regression, or several labels a row
+        return len(labels)
     if "shift_labels" in batch:
         labels = batch["shift_labels"]
     elif shifted and labels.dim() > 1:
