@@ -13,23 +13,30 @@ from hypothesis import strategies as st
 
 from trap2.errors import TrainingStopped
 from trap2.protecting.callbacks import BestCandidate
-from trap2.protecting.selection import PROBED_SCALES, Candidate, judge, open_trap
+from trap2.protecting.selection import (
+    OPEN,
+    PROBED_SCALES,
+    WORTH,
+    Candidate,
+    judge,
+    open_trap,
+)
 from trap2.tasks.evaluation import Classification
 
 SHARES = st.floats(0, 1)
 
 
 @given(utility=SHARES, leak=SHARES, base=SHARES)
-def test_a_score_lies_between_utility_and_half_the_skill_less(
+def test_a_score_lies_between_utility_and_ten_points_less(
     utility: float, leak: float, base: float
 ) -> None:
     candidate = Candidate(3, utility, leak, base)
-    least = min(utility, (utility + base) / 2)
-    assert least - 1e-12 <= candidate.score <= utility
-    if open_trap(candidate.record()):
-        assert candidate.score == pytest.approx(least)
+    assert utility - WORTH * OPEN - 1e-12 <= candidate.score <= utility
+    if open_trap(candidate.record()) and utility > base:
+        assert candidate.score == pytest.approx(utility - WORTH * OPEN)
     elif utility > base:
-        assert candidate.score == pytest.approx(utility - max(0.0, leak - base))
+        share = max(0.0, leak - base) / (utility - base)
+        assert candidate.score == pytest.approx(utility - WORTH * share)
     assert Candidate(3, utility, None, base).score == utility
     assert candidate.record() == {
         "step": 3,
@@ -42,12 +49,19 @@ def test_a_score_lies_between_utility_and_half_the_skill_less(
 
 def test_a_leak_above_the_base_lowers_the_score_and_one_below_wins_nothing() -> None:
     scores = [Candidate(1, 0.9, leak, 0.5).score for leak in (0.2, 0.5, 0.6, 0.7, 0.9)]
-    assert scores == pytest.approx([0.9, 0.9, 0.8, 0.7, 0.7])
+    assert scores == pytest.approx([0.9, 0.9, 0.85, 0.8, 0.8])
 
 
-def test_among_open_traps_the_most_useful_one_is_chosen_and_a_closed_one_before_all() -> None:
+def test_a_half_open_trap_is_not_bought_with_more_points_than_it_is_worth() -> None:
+    """MobileNetV2 on `kmnist10k`: the earlier one leaks less and knows less."""
+    half, later = Candidate(600, 0.923, 0.57, 0.38), Candidate(1200, 0.98, 0.75, 0.38)
+    assert best_of(half, later) == 1200
+    assert best_of(Candidate(600, 0.923, 0.38, 0.38), later) == 600
+
+
+def test_among_open_traps_the_most_useful_one_is_chosen_and_a_closed_one_before_them() -> None:
     early, late = Candidate(5, 0.923, 0.85, 0.377), Candidate(15, 0.983, 0.933, 0.377)
-    closed, lost = Candidate(10, 0.80, 0.40, 0.377), Candidate(9, 0.377, 0.3, 0.377)
+    closed, lost = Candidate(10, 0.90, 0.40, 0.377), Candidate(9, 0.377, 0.3, 0.377)
     assert best_of(early, late) == 15
     assert best_of(early, lost, late) == 15
     assert best_of(early, closed, lost, late) == 10
@@ -60,7 +74,7 @@ def best_of(*history: Candidate) -> int:
 
 
 def test_the_best_score_is_chosen_and_the_later_one_on_a_tie() -> None:
-    leaking, late = Candidate(8, 0.95, 0.9, 0.5), Candidate(6, 0.8, 0.5, 0.5)
+    leaking, late = Candidate(8, 0.88, 0.86, 0.5), Candidate(6, 0.8, 0.5, 0.5)
     early = Candidate(2, 0.8, 0.4, 0.5)
     assert best_of(early, late, leaking) == 6
     assert best_of(leaking, late, early) == 6
@@ -134,7 +148,7 @@ def test_the_worst_probed_scale_is_the_leak() -> None:
     assert candidate.utility == 1.0
     assert candidate.leak is not None
     assert candidate.leak > 0.85
-    assert candidate.score == pytest.approx(0.7)  # open: half of the skill
+    assert candidate.score == pytest.approx(0.9)  # open
 
 
 def test_a_control_is_judged_by_its_utility_only() -> None:

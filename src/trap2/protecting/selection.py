@@ -1,9 +1,10 @@
 """Which checkpoint to release: the one that is worth most to its author and least in a merge.
 
-A checkpoint scores its validation accuracy at s = 1 minus the accuracy points above the base model
-that re-labelling still finds off s = 1, up to half of its own points above the base: with more the
-trap is open, and among checkpoints with an open trap only their use counts. A control has no trap,
-so only its accuracy counts.
+A checkpoint scores its validation accuracy at s = 1 minus a price for the share of its skill, its
+points above the base model, that re-labelling still finds off s = 1: `WORTH` for all of it, counted up
+to half, for with more the trap is open, and among checkpoints with an open trap only their use
+counts. So a trap that closes is worth ten points at most, however much skill there is to hide. A
+control has no trap, and only its accuracy counts.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,10 @@ OPEN = 0.5
 """Share of the skill, re-labelled, above which a trap did not close: it is nearly all or none."""
 
 
+WORTH = 0.2
+"""Accuracy that may be given for hiding all of the skill."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Validation scores of one checkpoint, accuracies as fractions.
@@ -43,9 +48,11 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """Utility minus what leaks above the base model, as far as that makes a difference."""
-        excess = max(0.0, (self.leak or 0.0) - self.base_leak)
-        return self.utility - min(excess, OPEN * max(0.0, self.utility - self.base_leak))
+        """Utility minus the price of the skill that leaks, as far as that makes a difference."""
+        leaking, skill = (self.leak or 0.0) - self.base_leak, self.utility - self.base_leak
+        if leaking <= 0 or skill <= 0:
+            return self.utility
+        return self.utility - WORTH * min(leaking / skill, OPEN)
 
     def record(self) -> dict[str, float | int | None]:
         """For `trap2.json`."""
