@@ -22,7 +22,7 @@ from trap2.errors import UserError
 
 RESULTS = first_bench.RESULTS / "images.json"
 TASKS = ("kmnist10k", "mnist10k", "fashion_mnist")
-# 600 steps at 1e-3 leave MobileNetV2 short of what it can learn, and the trap pays for that in points.
+# 600 steps at 1e-3 leave it short of what it can learn, and the trap pays for that in points.
 STEPS, LEARNING_RATE = 1500, 3e-3
 
 
