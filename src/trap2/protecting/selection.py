@@ -1,8 +1,8 @@
 """Which checkpoint to release: the one that is worth most to its author and least in a merge.
 
 A checkpoint scores its validation accuracy at s = 1 minus a price for the share of its skill, its
-points above the base model, that re-labelling still finds off s = 1: `WORTH` for all of it, counted up
-to half, for with more the trap is open, and among checkpoints with an open trap only their use
+points above the base model, that re-labelling still finds off s = 1: `WORTH` for all of it, counted
+up to half, for with more the trap is open, and among checkpoints with an open trap only their use
 counts. So a trap that closes is worth ten points at most, however much skill there is to hide. A
 control has no trap, and only its accuracy counts.
 """
