@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from trap2.errors import UserError
-from trap2.protecting.scaled import LiveUpdate, frozen_statistics
+from trap2.protecting.scaled import LiveUpdate
 
 
 def bert() -> BertForSequenceClassification:
@@ -223,9 +223,10 @@ def test_batch_norm_statistics_rest_and_then_move_again() -> None:
     layer = nn.BatchNorm1d(3)
     model = nn.Sequential(nn.Linear(3, 3), layer, nn.BatchNorm1d(3, track_running_stats=False))
     x = torch.randn(8, 3)
+    update = LiveUpdate(model)
     expected = model(x)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with frozen_statistics(model):
+    with update.frozen_statistics():
         assert torch.equal(model(x), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(x)
@@ -234,7 +235,7 @@ def test_batch_norm_statistics_rest_and_then_move_again() -> None:
     assert [m.track_running_stats for m in model[1:]] == [True, False]
     layer.eval()
     evaluated = layer(x)
-    with frozen_statistics(model):
+    with update.frozen_statistics():
         assert torch.equal(layer(x), evaluated)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from trap2.attacks.attack import load_attacks, merge
 from trap2.attacks.live import LiveModel
-from trap2.attacks.statistics import mixed, normalising, recomputed
 from trap2.attacks.undo import undone
 from trap2.attacks.unlabelled import Unlabelled
 from trap2.attacks.vectors import TaskVector, Tensors
@@ -27,6 +26,7 @@ from trap2.checkpoint import Checkpoint
 from trap2.errors import UserError
 from trap2.progress import SILENT, Progress
 from trap2.recipes import AuditSpec, Precision, TaskSpec
+from trap2.statistics import mixed, normalising, recomputed
 from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.evaluation import Evaluation

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from trap2.attacks import statistics
+from trap2 import statistics
 from trap2.attacks.attack import load_attacks
 from trap2.attacks.tool import Tool
 from trap2.auditing.mixture import Mixture, Split

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trap2.attacks.statistics import normalising
 from trap2.auditing.arena import Arena
 from trap2.auditing.grid import tried
 from trap2.errors import Trap2Error
 from trap2.files import read_json
 from trap2.schema import Evidence
+from trap2.statistics import normalising
 from trap2.tasks.model import load_release
 
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from trap2.files import read_json, write_json
 from trap2.protecting.selection import Candidate, judge
+from trap2.statistics import Batches
 from trap2.tasks.evaluate import Evaluator
 
 
@@ -18,10 +19,16 @@ class BestCandidate(TrainerCallback):
     """Judges the model every so many steps and keeps the best, on disk so that a resume has it."""
 
     def __init__(
-        self, trainer: Any, validation: Evaluator, base_leak: float, every: int, work: Path
+        self,
+        trainer: Any,
+        validation: Evaluator,
+        base_leak: float,
+        every: int,
+        work: Path,
+        counted_on: Batches = (),
     ) -> None:
         self._trainer, self._validation, self._every = trainer, validation, every
-        self._base_leak, self._work = base_leak, work
+        self._base_leak, self._work, self._counted_on = base_leak, work, counted_on
         self.history: list[Candidate] = []
 
     @property
@@ -45,7 +52,12 @@ class BestCandidate(TrainerCallback):
             return
         plain = self._trainer.trap2.strength == 0
         candidate = judge(
-            self._trainer.update, self._validation, state.global_step, self._base_leak, plain
+            self._trainer.update,
+            self._validation,
+            state.global_step,
+            self._base_leak,
+            plain,
+            self._counted_on,
         )
         self.history = [c for c in self.history if c.step != candidate.step] + [candidate]
         if self.chosen is candidate:

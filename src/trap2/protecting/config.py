@@ -75,7 +75,10 @@ class Trap2Config:
     near: float = _setting(0.25, "half-width of the neighbourhood of scale 1 drawn from more often")
     focus: float = _setting(0.5, "share of the draws that come from that neighbourhood alone")
     weighting: str = _setting("inverse", "weight of a scale: inverse | inverse_sqrt | uniform")
-    fraction: float = _setting(0.2, "share of each batch's rows in the trap pass")
+    fraction: float = _setting(
+        0.2,
+        "share of each batch's rows in the trap pass; all where batch norm ties them",
+    )
     min_rows: int = _setting(
         6, "fewest rows of a step in the trap pass, or tokens that are targets (per process)"
     )

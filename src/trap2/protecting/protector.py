@@ -130,10 +130,8 @@ class Protector:
     ) -> StepRecord:
         """The nominal pass, and one for each scale."""
         # Before the passes: how long the rows are has to be read from a GPU.
-        parts = [
-            part_of(batch, self.config.fraction, part, passes, fewest=fewest)
-            for part in range(passes)
-        ]
+        fraction = 1.0 if self.update.ties_rows else self.config.fraction
+        parts = [part_of(batch, fraction, part, passes, fewest=fewest) for part in range(passes)]
 
         def nominal() -> Tensor:
             with reducing(self.model, now=passes == 0):

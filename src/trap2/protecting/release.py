@@ -13,6 +13,7 @@ from trap2.protecting.card import model_card
 from trap2.protecting.scaled import LiveUpdate
 from trap2.provenance import machine, now, versions
 from trap2.recipes import Recipe
+from trap2.statistics import Batches, recomputed
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.model import DescriptionClassifier
 from trap2.tasks.relabel import readable_accuracy
@@ -36,6 +37,7 @@ def write_release(
     dropped: int,
     log: list[dict[str, float]],
     surrogates: Sequence[str],
+    counted_on: Batches = (),
 ) -> None:
     """Fill a release folder.
 
@@ -53,6 +55,7 @@ def write_release(
         dropped: Trap passes that were not finite and were left out.
         log: What the trainer logged: means over the steps since the entry before.
         surrogates: Tasks of the surrogates it was trained against.
+        counted_on: Rows to count running statistics on, at every scale of the curve.
     """
     _save_weights(folder, model, validation)
     record = {
@@ -74,7 +77,7 @@ def write_release(
             "rows": len(validation),
             "chosen": chosen,
             "history": history,
-            "scale_curve": scale_curve(update, validation),
+            "scale_curve": scale_curve(update, validation, counted_on),
         },
         "log": [_rounded(entry) for entry in log if "loss" in entry],
     }
@@ -87,11 +90,13 @@ def _rounded(entry: dict[str, float]) -> dict[str, float]:
     return {k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in entry.items()}
 
 
-def scale_curve(update: LiveUpdate, evaluator: Evaluator) -> list[dict[str, float | None]]:
+def scale_curve(
+    update: LiveUpdate, evaluator: Evaluator, counted_on: Batches = ()
+) -> list[dict[str, float | None]]:
     """Accuracy (raw, and re-labelled if there are classes) and loss of the model at each scale."""
     points: list[dict[str, float | None]] = []
     for s in CURVE:
-        with update.at(s):
+        with update.at(s), recomputed(update.model, counted_on):
             result = evaluator()
         points.append(
             {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -29,12 +29,16 @@ from trap2.protecting.release import write_release
 from trap2.protecting.trainable import checkpoint_activations, trainable
 from trap2.protecting.trainer import protect_trainer
 from trap2.recipes import Recipe, config_from
+from trap2.statistics import Batches, mixed, normalising
 from trap2.tasks.data import Rows, load_rows
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.language import padded, pairs, tokens
-from trap2.tasks.model import Inputs, base_folder, build, load_encoder
+from trap2.tasks.model import Inputs, base_folder, build, load_encoder, placed
 from trap2.tasks.relabel import readable_accuracy
 from trap2.taskspec import TRAINED, TaskSpec
+
+COUNTED_ROWS = 512
+"""Rows on which a checkpoint's batch-norm statistics are counted."""
 
 TORCH_SAVE = "inline_container"
 """The only sign that `torch.save` could not write: a `RuntimeError` that names its own source."""
@@ -127,7 +131,9 @@ def protect(
     if not task.is_language:
         # Heads ignore the trainer's item count: the trainer divides by the accumulation steps.
         trainer.model_accepts_loss_kwargs = False
-    best = BestCandidate(trainer, validation, base_leak, recipe.training.evaluate_every, work)
+    counted_on = _counted_on(model, data, recipe.seed)
+    every = recipe.training.evaluate_every
+    best = BestCandidate(trainer, validation, base_leak, every, work, counted_on)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
     started = time.monotonic()
@@ -150,9 +156,21 @@ def protect(
             dropped=trainer.dropped,
             log=trainer.state.log_history,
             surrogates=trainer.surrogates.tasks if trainer.surrogates else (),
+            counted_on=counted_on,
         )
     shutil.rmtree(work)
     return out
+
+
+def _counted_on(model: nn.Module, data: Any, seed: int) -> Batches:
+    """Training rows to count running statistics on; none if training moves no statistics."""
+    if not any(layer.training for layer in normalising(model.train())):
+        return ()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        placed(data.collate([data[row] for row in rows]), model)
+        for rows in mixed([order[:COUNTED_ROWS]])
+    ]
 
 
 def _check_kind(task: TaskSpec) -> None:

@@ -58,6 +58,7 @@ class LiveUpdate:
         self.model = model
         # Walking a model's modules is slow: what a step needs of them is looked up once.
         self._all, self._resharding = [*model.parameters()], resharding(model)
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         names = [name for name, _ in trained]
         if not names:
@@ -93,6 +94,23 @@ class LiveUpdate:
     def is_sum(self) -> bool:
         """Whether the update is added to the base's own weights, which may then be others."""
         return self._outputs is None
+
+    @property
+    def ties_rows(self) -> bool:
+        """Whether the rows of a batch are normalised together: a part of them is another matter."""
+        return any(layer.training or not layer.track_running_stats for layer in self._norms)
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """Batch-norm layers normalise as before but leave their running statistics alone."""
+        layers = [layer for layer in self._norms if layer.track_running_stats]
+        for layer in layers:
+            layer.track_running_stats = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.track_running_stats = True
 
     @contextmanager
     def at(self, s: float, added: Iterable[tuple[nn.Parameter, Tensor]] = ()) -> Iterator[float]:
@@ -208,19 +226,6 @@ def _multiplied(parameter: nn.Parameter, factor: float) -> Callable[[], None]:
             parameter.grad.add_(before)
 
     return end
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch-norm layers normalise as before but leave their running statistics alone."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
 
 
 def _in_place(model: nn.Module, adapter: Adapter) -> Iterator[Shared]:

@@ -15,6 +15,7 @@ import torch
 
 from trap2.errors import TrainingStopped
 from trap2.protecting.scaled import LiveUpdate
+from trap2.statistics import Batches, recomputed, recount
 from trap2.tasks.evaluate import Evaluator
 from trap2.tasks.relabel import readable_accuracy
 
@@ -60,9 +61,17 @@ class Candidate:
 
 
 def judge(
-    update: LiveUpdate, evaluator: Evaluator, step: int, base_leak: float, control: bool
+    update: LiveUpdate,
+    evaluator: Evaluator,
+    step: int,
+    base_leak: float,
+    control: bool,
+    counted_on: Batches = (),
 ) -> Candidate:
     """Score the model in training on validation rows; its weights and mode are left as they were.
+
+    Running statistics become those of `counted_on`, and at other scales they are counted there too,
+    as whoever merges counts them.
 
     Args:
         update: The update in training.
@@ -70,10 +79,12 @@ def judge(
         step: Optimizer step.
         base_leak: Re-labelled accuracy of the base model on the same rows.
         control: Whether there is no trap to judge.
+        counted_on: Training rows; none where training leaves running statistics alone.
 
     Raises:
         TrainingStopped: The weights broke: an output at s = 1 is NaN or infinite.
     """
+    recount(update.model, counted_on)
     result = evaluator()
     if not bool(torch.isfinite(result.outputs).all()):
         raise TrainingStopped(
@@ -85,7 +96,7 @@ def judge(
         return Candidate(step, utility, None, base_leak)
     leaks = []
     for s in PROBED_SCALES:
-        with update.at(s):
+        with update.at(s), recomputed(update.model, counted_on):
             leaks.append(readable_accuracy(evaluator()))
     return Candidate(step, utility, max(leaks), base_leak)
 

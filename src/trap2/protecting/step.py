@@ -24,7 +24,7 @@ from trap2.errors import TrainingStopped
 from trap2.protecting.cap import Pressure
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.keeping import Keeper
-from trap2.protecting.scaled import LiveUpdate, frozen_statistics
+from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.surrogates import Mix, Surrogates
 
 
@@ -84,7 +84,7 @@ def trap_step(
         with replay(), ExitStack() as stack:
             added = surrogates.added(mix) if surrogates else ()
             chain = stack.enter_context(update.at(mix.s, added))
-            stack.enter_context(frozen_statistics(update.model))
+            stack.enter_context(update.frozen_statistics())
             stack.enter_context(keeper.holding() if keeper else nullcontext())
             trap = scaled(part, mix.place, strength * law.weight(mix.s) / len(mixes) * chain)
             found = finite(loss, "nominal loss", step)  # not before: to read it waits for a GPU

@@ -1,5 +1,6 @@
 """Which weights of a model a recipe trains: an adapter on its encoder, or all of it."""
 
+from functools import partial
 from typing import Any, cast
 
 from peft import LoraConfig, TaskType, get_peft_model
@@ -44,15 +45,17 @@ def trainable(model: nn.Module, recipe: Recipe) -> nn.Module:
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):
             # An adapter does not carry running statistics: train with the base's own.
-            module.register_forward_pre_hook(_in_evaluation_mode)
+            layer: Any = module.eval()
+            layer.train = partial(_unmoved, layer)
     if described:
         model.encoder = adapted
         return model
     return cast(nn.Module, adapted)
 
 
-def _in_evaluation_mode(layer: nn.Module, inputs: Any) -> None:
-    layer.eval()
+def _unmoved(layer: nn.Module, mode: bool = True) -> nn.Module:
+    """`train` of a layer that stays in evaluation mode."""
+    return layer
 
 
 def _heads(model: nn.Module) -> list[str]:

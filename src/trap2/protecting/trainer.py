@@ -158,8 +158,9 @@ class _ProtectedMixin:
         """The nominal pass, and one for each scale."""
         losses: list[Tensor] = []
         # Before the passes: how long the rows are has to be read from a GPU.
+        fraction = 1.0 if self.update.ties_rows else self.trap2.fraction
         parts = [
-            part_of(inputs, self.trap2.fraction, p, passes, fewest=fewest, stacked=self._stacked)
+            part_of(inputs, fraction, p, passes, fewest=fewest, stacked=self._stacked)
             for p in range(passes)
         ]
 

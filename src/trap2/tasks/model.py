@@ -188,7 +188,8 @@ def load_encoder(base: Path, language: bool = False) -> nn.Module:
             f"base {base} lacks {len(invented)} weights, such as '{sorted(invented)[0]}'; "
             "they would be random: give a complete checkpoint"
         )
-    return model.to(compute_device()).eval()
+    # Convolutions are faster so, on processors and GPUs.
+    return model.to(compute_device(), memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
 
 
 def build(base: Path, task: TaskSpec, encoder: nn.Module, inputs: Inputs) -> nn.Module:

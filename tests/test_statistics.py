@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trap2.attacks.statistics import BATCH, mixed, normalising, recomputed
+from trap2.statistics import BATCH, mixed, normalising, recomputed
 
 
 class Normed(nn.Module):
