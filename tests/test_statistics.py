@@ -1,4 +1,4 @@
-"""Running statistics worked out anew: by hand, only in their layers, and gone afterwards."""
+"""Running statistics counted anew: by hand, only in their layers, for good or for a while."""
 
 from itertools import chain
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trap2.statistics import BATCH, mixed, normalising, recomputed
+from trap2.statistics import BATCH, mixed, normalising, recomputed, recount
 
 
 class Normed(nn.Module):
@@ -41,6 +41,21 @@ def test_the_statistics_are_the_mean_over_batches_and_go_back_to_the_bit():
         assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.norm.momentum == 0.3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counted_anew_they_stay_and_nothing_else_is_changed(training):
+    model = Normed().train(training)
+    model.norm.running_mean.fill_(3.0)
+    rows = 2 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0)) + 1
+    recount(model, [{"x": rows}])
+    torch.testing.assert_close(model.norm.running_mean, rows.mean(0))
+    torch.testing.assert_close(model.norm.running_var, rows.var(0))
+    assert all(module.training is training for module in model.modules())
+    assert model.norm.momentum == 0.3
+    counted = state(model)
+    recount(model, [])
+    assert all(torch.equal(value, counted[name]) for name, value in model.state_dict().items())
 
 
 def test_they_go_back_after_an_error_and_so_does_the_mode():

@@ -241,6 +241,19 @@ def test_batch_norm_statistics_see_the_nominal_pass_only() -> None:
         assert model.body[1].num_batches_tracked == step
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_trap_sees_whole_batches_where_batch_norm_ties_their_rows(training: bool) -> None:
+    model, seen = Conv().train(training), list[int]()
+
+    def counting(model: nn.Module, batch: Mapping[str, Any]) -> Outcome:
+        seen.append(len(batch["x"]))
+        return image_loss(model, batch)
+
+    config = Trap2Config(fraction=0.5, min_rows=1, warmup=0, ramp=0)
+    Protector(model, config, forward=counting).backward(images())
+    assert seen == [6, 6 if training else 3]
+
+
 def test_weights_are_untouched_by_a_step_and_by_a_failing_one() -> None:
     model = Conv()
     calls: list[int] = []

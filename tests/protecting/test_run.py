@@ -40,6 +40,7 @@ from trap2.protecting.run import protect
 from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.trainable import trainable
 from trap2.recipes import Recipe
+from trap2.statistics import mixed, recount
 from trap2.tasks.data import load_rows
 from trap2.tasks.evaluation import Classification
 from trap2.tasks.model import Inputs, build, load_encoder
@@ -641,6 +642,34 @@ def test_linear_maps_and_pointwise_convolutions_are_adapted_but_no_pooler(
     encoder = BertModel.from_pretrained(recipe.base)
     linear = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
     assert sorted(targets) == sorted(name for name in linear if "pooler" not in name)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_running_statistics_are_the_base_s_with_an_adapter_and_counted_anew_without(
+    mobile: Path, pico_images: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = image(mobile, pico_images, method)
+    out = protect(recipe, tmp_path / "out", quiet=True)
+    if method == "lora":
+        assert not any("running" in name for name in Update.open(out, mobile).shared)
+        encoder = load_encoder(mobile)
+        model = trainable(build(mobile, recipe.task, encoder, Inputs(mobile, recipe.task)), recipe)
+        norms = [m for m in model.train().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms
+        assert not any(norm.training for norm in norms)
+        assert not LiveUpdate(model).ties_rows
+        return
+    released: Any = AutoModelForImageClassification.from_pretrained(out).eval()
+    kept = {name: value.clone() for name, value in released.state_dict().items()}
+    inputs, rows = Inputs(mobile, recipe.task), load_rows(recipe.task, "train", recipe.seed)
+    assert len(rows) <= run.COUNTED_ROWS
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
+    batches = [inputs.batch([rows.inputs[i] for i in some]) for some in mixed([order.tolist()])]
+    recount(released, batches)
+    moved = [name for name in kept if "running" in name]
+    assert moved
+    for name in moved:
+        torch.testing.assert_close(released.state_dict()[name], kept[name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_dora_release_is_its_base_plus_its_update(

@@ -239,6 +239,15 @@ def test_batch_norm_statistics_rest_and_then_move_again() -> None:
         assert torch.equal(layer(x), evaluated)
 
 
+def test_rows_are_tied_where_a_layer_normalises_by_the_batch() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert LiveUpdate(model).ties_rows
+    assert not LiveUpdate(model.eval()).ties_rows
+    model.append(nn.BatchNorm1d(3, track_running_stats=False))
+    assert LiveUpdate(model.eval()).ties_rows
+    assert not LiveUpdate(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))).ties_rows
+
+
 @pytest.mark.parametrize("kind", [bert, lora])
 def test_scaled_values_take_the_same_memory_in_every_pass(kind):
     model = kind()

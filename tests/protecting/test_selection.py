@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from trap2.errors import TrainingStopped
 from trap2.protecting.callbacks import BestCandidate
+from trap2.protecting.scaled import LiveUpdate
 from trap2.protecting.selection import (
     OPEN,
     PROBED_SCALES,
@@ -113,7 +115,7 @@ class Scales:
     """Stands for an update: remembers the scale the model is at."""
 
     def __init__(self) -> None:
-        self.now, self.seen = 1.0, list[float]()
+        self.now, self.seen, self.model = 1.0, list[float](), nn.Linear(1, 1)
 
     @contextmanager
     def at(self, s: float) -> Iterator[None]:
@@ -170,3 +172,33 @@ def test_broken_weights_are_no_candidate(broken: float) -> None:
         "the outputs hold NaN or infinity after step 7; training stopped: lower the learning rate "
         "or the strength"
     )
+
+
+def test_statistics_are_counted_anew_for_the_checkpoint_and_at_every_probed_scale() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
+    update = LiveUpdate(model)
+    with torch.no_grad():
+        model[0].weight.mul_(5.0)  # the running statistics know nothing of it
+    rows = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+
+    def evaluate() -> Classification:
+        model.eval()
+        with torch.no_grad():
+            seen.append(model(rows))
+        model.train()
+        return Classification(seen[-1], (rows[:, 0] > 0).long())
+
+    counted_on = [{"input": rows[:20]}, {"input": rows[20:]}]
+    judge(update, cast(Any, evaluate), 5, 0.0, control=False, counted_on=counted_on)
+    with torch.no_grad():
+        for s, outputs in zip((1.0, *PROBED_SCALES), seen, strict=True):
+            with update.at(s):
+                inner = model[0](rows)
+            halves = inner.view(2, 20, 2)
+            mean, variance = halves.mean(1).mean(0), halves.var(1).mean(0)
+            torch.testing.assert_close(outputs, (inner - mean) / (variance + 1e-5).sqrt())
+        inner = model[0](rows)
+    torch.testing.assert_close(model[1].running_mean, inner.view(2, 20, 2).mean(1).mean(0))
+    assert model.training
