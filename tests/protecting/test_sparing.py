@@ -70,20 +70,6 @@ def test_the_pass_ends_where_what_it_trains_ends() -> None:
     assert seen == [1, 0, 1]  # the nominal pass, then the trap's
 
 
-def test_an_embedding_that_is_the_output_layer_too_is_no_lower_tensor() -> None:
-    model = llama()
-    names = {id(tensor): name for name, tensor in model.named_parameters()}
-    plain = [names[id(tensor)] for tensor in sparing.lower(model, 0.3)]
-    assert plain[0] == "model.embed_tokens.weight"
-    assert plain == [*names.values()][: len(plain)]
-    model.get_submodule("lm_head").weight = model.get_submodule("model.embed_tokens").weight
-    tied = [names[id(tensor)] for tensor in sparing.lower(model, 0.3)]
-    assert "model.embed_tokens.weight" not in tied
-    assert tied[: len(plain) - 1] == plain[1:]
-    model.get_submodule("model.layers.0").requires_grad_(False)
-    assert not any("layers.0." in names[id(t)] for t in sparing.lower(model, 0.9))
-
-
 def test_what_fails_inside_leaves_everything_trained() -> None:
     model = llama()
     low = [*model.parameters()][:5]

@@ -19,7 +19,7 @@ from trap2.protecting.cap import Cap, product, squared_norm
 from trap2.protecting.config import Trap2Config
 from trap2.protecting.easing import Easing
 from trap2.protecting.guard import Guard
-from trap2.protecting.sparing import lower, sparing
+from trap2.protecting.sparing import sparing
 from trap2.protecting.tuners import Adapter
 from trap2.protecting.wrappers import is_sharded, processes
 
@@ -35,7 +35,8 @@ class Keeper:
         cap: Holds them to a multiple of the nominal ones.
         guard: Leaves out what is not finite.
         easing: How much of them the task bears; by default all.
-        spare: Share of the trained tensors, the lower ones, that get none of them.
+        spare: Share of the trained tensors, in the model's own order, from the input on, that get
+            none of them.
         joint: Whether the trap rides in the nominal pass (`joint.py`): then its gradients come
             apart, however much is trained.
     """
@@ -57,7 +58,7 @@ class Keeper:
         self._joint = joint
         self._own: dict[int, Tensor] = {}
         self.cap, self.guard, self.easing = cap, guard, easing or Easing(0.0)
-        self._spared = lower(model, spare)
+        self._spared = self._trained[: int(spare * len(self._trained))]
 
     @classmethod
     def of(cls, model: nn.Module, config: Trap2Config, has_scaler: bool) -> "Keeper":

@@ -16,20 +16,6 @@ from torch import distributed as dist
 from trap2.protecting.wrappers import is_sharded
 
 
-def lower(model: nn.Module, share: float) -> list[nn.Parameter]:
-    """A share of the trained tensors: those next to the input, in the model's own order.
-
-    A tensor with several uses counts where it is used last: an embedding that is the output layer
-    too is no lower tensor.
-    """
-    ordered: dict[int, nn.Parameter] = {}
-    for _, tensor in model.named_parameters(remove_duplicate=False):
-        ordered.pop(id(tensor), None)
-        if tensor.requires_grad:
-            ordered[id(tensor)] = tensor
-    return [*ordered.values()][: int(share * len(ordered))]
-
-
 @contextmanager
 def sparing(tensors: Sequence[nn.Parameter]) -> Iterator[None]:
     """Around a trap pass, forward and backward: these tensors get no gradient of it.
