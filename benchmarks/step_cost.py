@@ -1,6 +1,6 @@
 """What a protected step costs beside a plain one, in time and in memory.
 
-    python benchmarks/step_cost.py                       # CPU: MiniLM's shape and a 100 M decoder
+    python benchmarks/step_cost.py             # CPU: MiniLM, a 100 M decoder, MobileNetV2 in shape
     python benchmarks/step_cost.py --models llama-1b llama-1b-wide llama-8b --device cuda
 
 Random weights of real shapes: cost does not depend on what a model knows. Each model is trained
@@ -43,9 +43,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
+    MobileNetV2Config,
 )
 
 from trap2.files import read_json, write_json
@@ -63,13 +65,18 @@ ONLY = {"one_pass": "lora", "from_files": "full"}
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape and its batch: rows of so many tokens, or padded ones of so many at most."""
+    """A model's shape and its batch.
+
+    Rows of so many tokens, or padded ones of so many at most; or square images of so many pixels,
+    for a network that normalises by the batch: its trap sees every row.
+    """
 
     config: Any
     rows: int
     tokens: int
     classes: int = 0
     padded: bool = False
+    pixels: int = 0
 
 
 def _llama(hidden: int, layers: int, heads: int, vocabulary: int, inner: int) -> LlamaConfig:
@@ -90,22 +97,28 @@ MINILM = BertConfig(
     intermediate_size=1536,
     num_labels=6,
 )
+MOBILENET = MobileNetV2Config(depth_multiplier=0.35, image_size=96, num_labels=10)
 SHAPES = {
     "pico": Shape(_llama(32, 2, 4, 100, 64), 5, 16),
     "minilm": Shape(MINILM, 32, 32, classes=6),
     "minilm-text": Shape(MINILM, 32, 48, classes=6, padded=True),
     "decoder-100m": Shape(_llama(768, 12, 12, 16_000, 2048), 10, 64),
+    "decoder-100m-wide": Shape(_llama(768, 12, 12, 16_000, 2048), 32, 64),
+    "mobilenet": Shape(MOBILENET, 32, 0, classes=10, pixels=96),
     "llama-1b": Shape(_llama(2048, 16, 32, 128_256, 8192), 10, 1024),
     "llama-1b-wide": Shape(_llama(2048, 16, 32, 128_256, 8192), 32, 1024),
     "llama-8b": Shape(_llama(4096, 32, 32, 128_256, 14_336), 5, 1024),
 }
+DEFAULT = ["minilm", "minilm-text", "decoder-100m", "decoder-100m-wide", "mobilenet"]
 
 
 def build(shape: Shape, method: str, device: str) -> nn.Module:
     """A model of random weights, trained with LoRA (r = 16, all linear layers) or in full."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    kind = AutoModelForSequenceClassification if shape.classes else AutoModelForCausalLM
+    kind: Any = AutoModelForSequenceClassification if shape.classes else AutoModelForCausalLM
+    if shape.pixels:
+        kind = AutoModelForImageClassification
     with torch.device(device):  # drawn where they are: an 8 B model takes a minute otherwise
         model: nn.Module = kind.from_config(shape.config, dtype=dtype)
     if method == "lora":
@@ -115,7 +128,7 @@ def build(shape: Shape, method: str, device: str) -> nn.Module:
 
 
 def batches(shape: Shape, count: int, device: str) -> list[dict[str, Tensor]]:
-    """Random tokens, in whole rows or padded to the longest.
+    """Random images, or random tokens in whole rows or padded to the longest.
 
     Lengths are those of sentences: log-normal, the median a third of the most, 1 % that long.
     """
@@ -126,6 +139,11 @@ def batches(shape: Shape, count: int, device: str) -> list[dict[str, Tensor]]:
 
     found = []
     for _ in range(count):
+        if shape.pixels:
+            images = torch.randn(shape.rows, 3, shape.pixels, shape.pixels, generator=generator)
+            labels = drawn(shape.classes, shape.rows)
+            found.append({"pixel_values": images.to(device), "labels": labels})
+            continue
         ids = drawn(shape.config.vocab_size, shape.rows, shape.tokens)
         labels = drawn(shape.classes, shape.rows) if shape.classes else ids
         mask = torch.ones_like(ids)
@@ -295,7 +313,7 @@ def _ratio(values: list[float], plain: list[float]) -> float:
 
 
 def figures(runs: dict[str, Any]) -> dict[str, float]:
-    """The worst over the models measured on whole rows; those on padded ones and on a GPU apart."""
+    """The worst over the models measured on whole rows; padded ones, batch norm and GPUs apart."""
     found: dict[str, float] = {}
     for what, kind, prefix in (
         ("time_ratio", "protected", "time_ratio"),
@@ -312,7 +330,8 @@ def figures(runs: dict[str, Any]) -> dict[str, float]:
     ):
         for key, run in runs.items():
             device, name, method = key.split("/")
-            suffix = "_padded" * SHAPES[name].padded + "_gpu" * (device == "cuda")
+            suffix = "_padded" * SHAPES[name].padded + "_batch_norm" * bool(SHAPES[name].pixels)
+            suffix += "_gpu" * (device == "cuda")
             if kind in run[what]:
                 figure = f"{prefix}_{method}{suffix}"
                 found[figure] = max(found.get(figure, 0.0), run[what][kind])
@@ -322,9 +341,7 @@ def figures(runs: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Measure what was asked for and add it to the results."""
     top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    top.add_argument(
-        "--models", nargs="+", default=["minilm", "minilm-text", "decoder-100m"], choices=SHAPES
-    )
+    top.add_argument("--models", nargs="+", default=DEFAULT, choices=SHAPES)
     top.add_argument("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     top.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     top.add_argument("--repeats", type=int, default=15)
@@ -337,6 +354,8 @@ def main() -> None:
     runs = read_json(chosen.out)["runs"] if chosen.out.is_file() else {}
     for name in chosen.models:
         for method in chosen.methods:
+            if SHAPES[name].pixels and method == "lora":
+                continue  # an adapter is trained with the base's statistics
             command = shlex.join(["python", "benchmarks/step_cost.py", *sys.argv[1:]])
             measured = measure(name, method, chosen.device, chosen.repeats)
             made = {"command": command, "machine": machine(), "versions": versions()}
