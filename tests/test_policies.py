@@ -26,6 +26,7 @@ CORE = (
         "adapters",
         "update",
         "scales",
+        "statistics",
     ),
     *("schema", "suites", "taskspec", "recipes", "provenance", "progress", "signing"),
 )

@@ -121,20 +121,10 @@ def protect(
     model = validation.model = trainable(model, recipe)
     if not resume:
         _claim(work, recipe)
-    trainer = protect_trainer(EpochTrainer)(
-        model=model,
-        args=_arguments(recipe, work),
-        train_dataset=data,
-        data_collator=data.collate,
-        trap2=config,
-    )
-    if not task.is_language:
-        # Heads ignore the trainer's item count: the trainer divides by the accumulation steps.
-        trainer.model_accepts_loss_kwargs = False
+    trainer = _trainer(recipe, config, model, data, work)
     counted_on = _counted_on(model, data, recipe.seed)
     every = recipe.training.evaluate_every
     best = BestCandidate(trainer, validation, base_leak, every, work, counted_on)
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(best)
     started = time.monotonic()
     with tqdm(total=recipe.training.steps, desc=_title(task, config), disable=quiet) as bar:
@@ -160,6 +150,21 @@ def protect(
         )
     shutil.rmtree(work)
     return out
+
+
+def _trainer(recipe: Recipe, config: Trap2Config, model: nn.Module, data: Any, work: Path) -> Any:
+    trainer = protect_trainer(EpochTrainer)(
+        model=model,
+        args=_arguments(recipe, work),
+        train_dataset=data,
+        data_collator=data.collate,
+        trap2=config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not recipe.task.is_language:
+        # Heads ignore the trainer's item count: the trainer divides by the accumulation steps.
+        trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def _counted_on(model: nn.Module, data: Any, seed: int) -> Batches:
